@@ -1,0 +1,118 @@
+"""Which rows count: domains, metadata, exclusions and dead rows, all as row ranges of each segment."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnstore.errors import InvalidArgumentError, NotFoundError
+from knnstore.storage.rows import RangeSet, as_ranges, complement, intersect, subtract
+from knnstore.storage.segment import Segment
+
+__all__ = ["Domains", "RowRange", "Where", "allowed_rows", "domain_weights", "find_document_rows", "log_weights"]
+
+Domains = str | Sequence[str] | Mapping[str, float]
+Where = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows [first, stop) of segment number `segment` of a snapshot."""
+
+    segment: int
+    first: int
+    stop: int
+
+
+def domain_weights(segments: Sequence[Segment], domains: Domains | None) -> dict[str, float] | None:
+    """Weight of each domain to be searched; None for all at weight 1. Domains not named are not searched.
+
+    Raises NotFoundError for a domain that is not there, InvalidArgumentError for a weight that is negative or not finite.
+    """
+    if domains is None:
+        return None
+    if isinstance(domains, str):
+        domains = [domains]
+    weights = {str(name): float(weight) for name, weight in domains.items()} if isinstance(domains, Mapping) else dict.fromkeys(domains, 1.0)
+    known = {name for segment in segments for name, _, _ in segment.record.runs}
+    for name, weight in weights.items():
+        if name not in known:
+            raise NotFoundError(f"domain {name!r}: not in this datastore. It has {', '.join(sorted(known)) or 'none'}.")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InvalidArgumentError(f"domain {name!r}: weight {weight}; use a number that is 0 or more.")
+    return weights
+
+
+def allowed_rows(
+    segments: Sequence[Segment],
+    *,
+    weights: Mapping[str, float] | None = None,
+    where: Where | None = None,
+    exclude: Iterable[str | RowRange] | None = None,
+) -> list[RangeSet | None]:
+    """For each segment the rows that count; None where all do.
+
+    where: metadata fields a document must have, with these values. exclude: document ids (in any domain) and row ranges.
+    Raises NotFoundError for a document that is not there, InvalidArgumentError for a range outside its segment.
+    """
+    excluded: list[list[tuple[int, int]]] = [[] for _ in segments]
+    for item in exclude or ():
+        for rows in [item] if isinstance(item, RowRange) else find_document_rows(segments, item):
+            if not 0 <= rows.segment < len(segments):
+                raise InvalidArgumentError(f"segment {rows.segment}: the snapshot has {len(segments)}, numbered from 0.")
+            excluded[rows.segment].append((max(rows.first, 0), min(rows.stop, segments[rows.segment].content.entries)))
+    return [_allowed(segment, weights, where, as_ranges(excluded[i])) for i, segment in enumerate(segments)]
+
+
+def _allowed(segment: Segment, weights: Mapping[str, float] | None, where: Where | None, excluded: RangeSet) -> RangeSet | None:
+    n_rows = segment.content.entries
+    everything = as_ranges([(0, n_rows)])
+    rows = everything
+    if weights is not None:
+        rows = as_ranges([(first, stop) for name, first, stop in segment.record.runs if weights.get(name, 0.0) > 0.0])
+    rows = subtract(subtract(rows, segment.record.dead_ranges()), excluded)
+    if where is not None and len(rows):
+        rows = intersect(rows, _rows_where(segment, where))
+    return None if np.array_equal(rows, everything) else rows
+
+
+def _rows_where(segment: Segment, where: Where) -> RangeSet:
+    return as_ranges(
+        [
+            (document.first_row, document.first_row + document.n_entries)
+            for document in segment.contexts.documents()
+            if all(name in document.metadata and document.metadata[name] == value for name, value in where.items())
+        ]
+    )
+
+
+def find_document_rows(segments: Sequence[Segment], document_id: str) -> list[RowRange]:
+    """Where a document's live rows are, in every domain that has one of this id. Raises NotFoundError where none has."""
+    found = []
+    for number, segment in enumerate(segments):
+        alive = complement(segment.record.dead_ranges(), segment.content.entries)
+        for record in segment.contexts.find(document_id):
+            stop = record.first_row + record.n_entries
+            if len(intersect(as_ranges([(record.first_row, stop)]), alive)):
+                found.append(RowRange(number, record.first_row, stop))
+    if not found:
+        raise NotFoundError(f"document {document_id!r}: not in this datastore. `knnstore info --documents` lists them.")
+    return found
+
+
+def log_weights(
+    segments: Sequence[Segment], weights: Mapping[str, float] | None, hit_segments: NDArray[np.int32], hit_rows: NDArray[np.int64]
+) -> NDArray[np.float32] | None:
+    """Log of the domain weight of each hit, (n, k) float32; None where all weights are 1."""
+    if weights is None or all(weight in (0.0, 1.0) for weight in weights.values()):
+        return None
+    out = np.zeros(hit_rows.shape, np.float32)
+    for number, segment in enumerate(segments):
+        of_segment = hit_segments == number
+        if of_segment.any():
+            stops = np.array([stop for _, _, stop in segment.record.runs], np.int64)
+            logs = np.array([math.log(weights[name]) if weights.get(name) else 0.0 for name, _, _ in segment.record.runs], np.float32)
+            out[of_segment] = logs[np.searchsorted(stops, hit_rows[of_segment], side="right")]
+    return out

@@ -1,0 +1,291 @@
+"""Snapshots: how one is opened and pinned, and how a new one is committed.
+
+`CURRENT` names the newest manifest and its sha256; replacing it is the commit. A reader holds a shared flock on the manifest
+it opened, so that nothing the snapshot needs is removed under it. Nothing is replayed when a store is opened.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from knnstore.errors import ConflictError, DamageError, FormatError, NotFoundError, StorageError
+from knnstore.format import (
+    COARSE,
+    CURRENT_FILE,
+    FORMAT_VERSION,
+    LOCK_FILE,
+    MANIFESTS,
+    SEGMENTS,
+    SPACES,
+    STAGING,
+    STORE_FILE,
+    TAGS,
+)
+from knnstore.storage.files import disk, hold_lock, sha256_file, write_file
+from knnstore.storage.manifest import FileRecord, Manifest, canonical, parse_manifest
+from knnstore.storage.parse import parse_hex, parse_json_bytes, parse_object, parse_size, read_small
+
+__all__ = [
+    "Pin",
+    "StoreFolder",
+    "commit",
+    "file_records",
+    "list_manifests",
+    "newest_sound_snapshot",
+    "now",
+    "open_snapshot",
+    "read_current",
+    "read_manifest",
+]
+
+_CURRENT = re.compile(rb"([1-9][0-9]{0,17}) ([0-9a-f]{64})\n")
+_TRIES = 100  # a reader that loses the race against gc this often has another problem
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFolder:
+    """The paths of a datastore."""
+
+    path: Path
+
+    @property
+    def current(self) -> Path:
+        return self.path / CURRENT_FILE
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK_FILE
+
+    @property
+    def identity(self) -> Path:
+        return self.path / STORE_FILE
+
+    @property
+    def manifests(self) -> Path:
+        return self.path / MANIFESTS
+
+    @property
+    def staging(self) -> Path:
+        return self.path / STAGING
+
+    def manifest(self, number: int) -> Path:
+        return self.manifests / f"{number}.json"
+
+    def space(self, space_id: str) -> Path:
+        return self.path / SPACES / space_id
+
+    def coarse(self, coarse_id: str) -> Path:
+        return self.path / COARSE / coarse_id
+
+    def segment(self, segment_id: str) -> Path:
+        return self.path / SEGMENTS / segment_id
+
+
+class Pin:
+    """A shared lock on a manifest: while it is held, the snapshot's files stay."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def identity_bytes(store_uuid: str) -> bytes:
+    """The content of the file KNNSTORE."""
+    return canonical({"format": FORMAT_VERSION, "magic": "knnstore", "uuid": store_uuid})
+
+
+def lay_foundation(store: StoreFolder) -> str:
+    """Makes the folders and the identity of a new store; where that was begun before, takes it up. Returns the store's uuid."""
+    for folder in (store.path, store.manifests, store.path / SPACES, store.path / COARSE, store.path / SEGMENTS, store.path / TAGS, store.staging):
+        disk.make_folder(folder)
+    if store.identity.exists():
+        with contextlib.suppress(DamageError):
+            return read_identity(store)
+    store_uuid = uuid.uuid4().hex
+    write_file(store.identity, identity_bytes(store_uuid))
+    disk.sync_folder(store.path)
+    return store_uuid
+
+
+def read_identity(store: StoreFolder) -> str:
+    """The store's uuid. Raises NotFoundError where there is no datastore, DamageError, FormatError."""
+    if not store.path.exists():
+        raise NotFoundError(f"{store.path}: no such datastore. Name one with --store, or make one with `knnstore create`.")
+    if not store.identity.exists():
+        if store.current.exists() or store.manifests.is_dir():
+            raise DamageError(f"{store.identity}: the file is missing. Run `knnstore verify`.")
+        raise NotFoundError(f"{store.path}: not a datastore (it has no {STORE_FILE} file). Check the path.")
+    at = str(store.identity)
+    raw = read_small(store.identity, 4096)
+    fields = parse_object(parse_json_bytes(raw, at), at, required=("format", "magic", "uuid"))
+    number = parse_size(fields["format"], f"{at}.format")
+    if number > FORMAT_VERSION and fields["magic"] == "knnstore":
+        raise FormatError(f"{at}: format {number}; this knnstore reads up to {FORMAT_VERSION}. Install a newer one.")
+    store_uuid = parse_hex(fields["uuid"], f"{at}.uuid", 32)
+    if raw != identity_bytes(store_uuid):
+        raise DamageError(f"{at}: its content is not what was written. Run `knnstore verify`.")
+    return store_uuid
+
+
+def read_current(store: StoreFolder) -> tuple[int, str]:
+    """Number and sha256 of the newest manifest. Raises NotFoundError where no snapshot was ever committed, DamageError."""
+    if not store.current.exists():
+        if list_manifests(store):
+            raise _lost(store, f"{store.current}: the file is missing")
+        raise NotFoundError(f"{store.path}: no snapshot yet; its creation was not finished. Type the same `knnstore create` again.")
+    match = _CURRENT.fullmatch(read_small(store.current, 4096))
+    if match is None:
+        raise _lost(store, f"{store.current}: its content is damaged")
+    return int(match[1]), match[2].decode()
+
+
+def _lost(store: StoreFolder, what: str) -> DamageError:
+    sound = newest_sound_snapshot(store)
+    advice = "no other snapshot verifies" if sound is None else f"snapshot {sound} verifies: open it by --at {sound}"
+    return DamageError(f"{what}. Nothing was changed; {advice}.")
+
+
+def list_manifests(store: StoreFolder) -> list[int]:
+    """Numbers of all manifest files, ascending, whether sound or not."""
+    try:
+        names = [entry.name for entry in os.scandir(store.manifests)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"{store.manifests}: cannot read: {error.strerror}. Check the path and its permissions.") from error
+    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"[1-9][0-9]{0,17}\.json", name))
+
+
+def newest_sound_snapshot(store: StoreFolder) -> int | None:
+    """The highest number whose manifest is whole."""
+    for number in reversed(list_manifests(store)):
+        with contextlib.suppress(DamageError, FormatError, StorageError):
+            read_manifest(store, number)
+            return number
+    return None
+
+
+def read_manifest(store: StoreFolder, number: int, sha256: str | None = None) -> Manifest:
+    """One manifest. sha256: of its bytes, where known. Raises NotFoundError, DamageError, FormatError."""
+    path = store.manifest(number)
+    if not path.exists():
+        kept = ", ".join(map(str, list_manifests(store))) or "none"
+        raise NotFoundError(f"{store.path}: no snapshot {number}. Kept: {kept}.")
+    raw = read_small(path)
+    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
+        raise DamageError(f"{path}: its content does not match {CURRENT_FILE}. Run `knnstore verify`.")
+    manifest = parse_manifest(raw, str(path))
+    if manifest.snapshot != number or manifest.uuid != read_identity(store):
+        raise DamageError(f"{path}: it belongs to another snapshot or store. Run `knnstore verify`.")
+    return manifest
+
+
+def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Manifest, Pin]:
+    """A snapshot (the newest where none is named) and the pin that keeps it.
+
+    Raises NotFoundError, FormatError, DamageError; never falls back to another snapshot.
+    """
+    read_identity(store)
+    for _ in range(_TRIES):
+        number, sha256 = (snapshot, None) if snapshot is not None else read_current(store)
+        path = store.manifest(number)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            if snapshot is not None:
+                read_manifest(store, snapshot)  # says which are kept
+            if read_current(store) == (number, sha256):
+                raise _lost(store, f"{path}: the file is missing") from error
+            continue
+        except OSError as error:
+            raise StorageError(f"{path}: cannot read: {error.strerror}. Check the path and its permissions.") from error
+        pin = Pin(fd)
+        with contextlib.suppress(OSError):  # a file system without locks has no gc beside us either
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        if os.fstat(fd).st_nlink:
+            try:
+                return read_manifest(store, number, sha256), pin
+            except DamageError as error:
+                pin.release()
+                raise _lost(store, str(error).rstrip(".")) from error
+        pin.release()
+    raise ConflictError(f"{store.path}: snapshots were removed as fast as they could be opened. Try again.")
+
+
+def file_records(folder: Path) -> tuple[FileRecord, ...]:
+    """Name, size and sha256 of each file in a folder, by name."""
+    records = []
+    for path in sorted(folder.iterdir()):
+        size, sha256 = sha256_file(path)
+        records.append(FileRecord(name=path.name, size=size, sha256=sha256))
+    return tuple(records)
+
+
+def commit(
+    store: StoreFolder,
+    base: Manifest | None,
+    build: Callable[[int, tuple[int, str] | None], Manifest],
+    *,
+    staged: Iterable[tuple[Path, Path]],
+) -> Manifest:
+    """Makes one snapshot of what was staged: durable and visible, or not at all.
+
+    base: the snapshot the work began from (None for a new store). build: (number, parent) → the manifest. staged: (from, to)
+    folders whose content is synced already; one that is at its place already stays. Raises ConflictError where another commit
+    came first, StorageError where the disk fails (the store is then as before).
+    """
+    with hold_lock(store.lock, purpose="committing to this store", wait=True):
+        current = read_current(store) if store.current.exists() else None
+        number = current[0] if current else 0
+        for dead in [n for n in list_manifests(store) if n > number]:
+            disk.remove(store.manifest(dead))  # an attempt that was cut off before it counted
+        expected = base.snapshot if base else 0
+        if number != expected:
+            other = read_manifest(store, number)
+            raise ConflictError(
+                f"{store.path}: snapshot {number} ({other.operation.name}, {other.time}) was committed while this one was built on "
+                f"snapshot {expected}. Run the command again."
+            )
+        _place(staged)
+        manifest = build(number + 1, current)
+        raw = manifest.to_bytes()
+        target = store.manifest(manifest.snapshot)
+        temporary = target.with_suffix(".json.tmp")
+        write_file(temporary, raw)
+        disk.link(temporary, target)
+        disk.remove(temporary)
+        disk.sync_folder(store.manifests)
+        new_current = store.current.with_suffix(".tmp")
+        write_file(new_current, f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n".encode())
+        disk.replace(new_current, store.current)
+        disk.sync_folder(store.path)
+    return manifest
+
+
+def _place(staged: Iterable[tuple[Path, Path]]) -> None:
+    parents = set()
+    for source, target in staged:
+        if not target.exists():
+            disk.rename(source, target)
+        parents.add(target.parent)
+    for parent in sorted(parents):
+        disk.sync_folder(parent)

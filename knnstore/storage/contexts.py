@@ -1,0 +1,378 @@
+"""`contexts.lmdb`: the documents of a segment and their text, written once, then read without a lock.
+
+Three databases. `documents`: first row → the document's record. `ids`: hash of the id, then first row → nothing. `text`: first
+row of a frame → where each token of the frame stands, and the text from its first token to the next frame. Rows are u64
+big-endian, so that they sort. In the main database, `first_rows` holds the first rows of all documents as one u64 array.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from knnstore.errors import DamageError, InvalidArgumentError, StorageError
+from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX, TEXT_FRAME_PACKED, TEXT_FRAME_RAW
+from knnstore.storage.files import adopt
+from knnstore.storage.parse import parse_json_bytes, parse_list, parse_object, parse_size, parse_text
+
+__all__ = ["ContextsReader", "ContextsWriter", "DocumentRecord", "Span"]
+
+_ROW = struct.Struct(">Q")
+_FRAME = struct.Struct("<IIQBBH")  # tokens, characters before the text's own, ... see _pack_frame
+_LEVEL = 12  # zstd: 2% larger than 19 and several times faster
+_WIDTHS = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8"))
+_MAP_STEP = 1 << 28  # bytes the map grows by when it is full (address space, not disk)
+_FEED = 8_192  # tokens looked at while a frame is cut
+_COMMIT_BYTES = 1 << 26  # bytes put in one transaction: bounds its dirty pages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentRecord:
+    """A document, or one part of a document that is larger than a segment.
+
+    first_row: its first entry in the segment. n_entries: entries of this part. prefix: the token ids before the first entry
+    (BOS, or the first token, or what a later part needs to see). part: 0 for the first; last: whether it is the last part.
+    first_token: index in the document of the part's first entry's value. content_hash: 64 hex digits over the decoded text,
+    on the last part only (None before). n_chars: characters of the whole text, on the last part only.
+    """
+
+    id: str
+    source: str
+    first_row: int
+    n_entries: int
+    prefix: tuple[int, ...]
+    metadata: dict[str, Any]
+    content_hash: str | None
+    n_chars: int | None
+    part: int = 0
+    last: bool = True
+    first_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Text around consecutive entries. text: decoded; base: its first character's index in the document; starts, ends: (n,) int64."""
+
+    text: str
+    base: int
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def cut(self, begin: int, end: int) -> str:
+        """Characters [begin, end) of the document, as far as they are here."""
+        return self.text[max(begin - self.base, 0) : max(end - self.base, 0)]
+
+
+def id_hash(document_id: str) -> bytes:
+    """16 bytes by which a document is found."""
+    return hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def _narrow(numbers: NDArray[np.int64]) -> tuple[int, bytes]:
+    width = next(i for i, dtype in enumerate(_WIDTHS) if not len(numbers) or numbers.max() <= np.iinfo(dtype).max)
+    return width, numbers.astype(_WIDTHS[width]).tobytes()
+
+
+class ContextsWriter:
+    """Writes one segment's documents in row order. Not durable until `finish`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map_size = _MAP_STEP
+        try:
+            self._env = lmdb.open(
+                str(path), subdir=False, map_size=self._map_size, max_dbs=3, lock=False, sync=False, metasync=False, writemap=False
+            )
+            self._documents, self._ids, self._text = (self._env.open_db(name) for name in (b"documents", b"ids", b"text"))
+        except lmdb.Error as error:
+            raise StorageError(f"{path}: cannot create: {error}. Check the path and its permissions.") from error
+        self._pending: list[tuple[Any, bytes, bytes]] = []
+        self._pending_bytes = 0
+        self._first_rows: list[int] = []
+        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
+        self._hashes: list[bytes] = []
+        self._ratio = 0.5  # packed size over raw size so far: the first guess for the next frame
+        self._frame = _OpenFrame()
+
+    def add_tokens(self, first_row: int, starts: NDArray[np.int64], ends: NDArray[np.int64], text: str, text_start: int) -> None:
+        """The next entries of the open document: character offsets (n,) in its whole text; text begins at character text_start.
+
+        Calls follow each other without gaps in rows and text. An entry of no character (EOS) has start = end.
+        """
+        n, at = len(starts), 0
+        for first in range(0, n, _FEED):  # in pieces, so that the cost of cutting frames does not grow with the call
+            stop = min(first + _FEED, n)
+            to = len(text) if stop == n else min(max(int(starts[stop]) - text_start, at), len(text))
+            self._frame.extend(first_row + first, starts[first:stop], ends[first:stop], text[at:to], text_start + at)
+            at = to
+            while self._frame.raw_size() >= 2 * TEXT_FRAME_RAW:
+                self._put_frame()
+
+    def end_document(self, record: DocumentRecord) -> None:
+        """Ends the open document (or part): its last frames, its record."""
+        while self._frame.n_tokens:
+            self._put_frame()
+        self._frame = _OpenFrame()
+        fields = {
+            "chars": record.n_chars,
+            "entries": record.n_entries,
+            "first_token": record.first_token,
+            "hash": record.content_hash,
+            "id": record.id,
+            "last": record.last,
+            "metadata": record.metadata,
+            "part": record.part,
+            "prefix": list(record.prefix),
+            "source": record.source,
+        }
+        raw = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
+        key = _ROW.pack(record.first_row)
+        self._put(self._documents, key, self._zstd.compress(raw))
+        self._hashes.append(id_hash(record.id) + key)
+        self._first_rows.append(record.first_row)
+
+    def finish(self) -> None:
+        """Writes what is left, closes, and makes the file durable. The file has no lock file and no free pages to speak of."""
+        for key in sorted(self._hashes):
+            self._put(self._ids, key, b"\0")
+        self._put(None, b"first_rows", np.array(self._first_rows, "<u8").tobytes())
+        self._flush()
+        self._env.close()
+        adopt(self.path)
+
+    def close(self) -> None:
+        """Gives up an unfinished file."""
+        self._env.close()
+
+    def _put_frame(self) -> None:
+        frame = self._frame
+        n = frame.n_tokens
+        for _ in range(8):
+            n = frame.fitting(n, int(TEXT_FRAME_PACKED / self._ratio))
+            raw = frame.pack(n)
+            packed = self._zstd.compress(raw)
+            self._ratio = 0.9 * self._ratio + 0.1 * len(packed) / len(raw)
+            if len(packed) <= TEXT_FRAME_PACKED or n == 1:
+                break
+            n = max(1, min(n - 1, int(n * TEXT_FRAME_PACKED / len(packed))))
+        if len(raw) > TEXT_FRAME_MAX:
+            raise InvalidArgumentError(f"{self.path}: a token spans {len(raw)} bytes of text; {TEXT_FRAME_MAX} are the most.")
+        self._put(self._text, _ROW.pack(frame.first_row), packed)
+        frame.drop(n)
+
+    def _put(self, database: Any, key: bytes, content: bytes) -> None:
+        self._pending.append((database, key, content))
+        self._pending_bytes += len(content) + len(key)
+        if self._pending_bytes > _COMMIT_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        pending = sorted(self._pending, key=lambda item: (id(item[0]), item[1]))
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for database, key, content in pending:
+                        transaction.put(key, content, db=database, append=database is not None)
+                break
+            except lmdb.MapFullError:
+                self._map_size += max(_MAP_STEP, 2 * self._pending_bytes)
+                self._env.set_mapsize(self._map_size)
+            except lmdb.Error as error:
+                raise StorageError(f"{self.path}: cannot write: {error}. Free some space and try again.") from error
+        self._pending, self._pending_bytes = [], 0
+
+
+class _OpenFrame:
+    """Entries and text of the open document that are not in a frame yet."""
+
+    def __init__(self) -> None:
+        self.first_row = 0
+        self.starts = np.zeros(0, np.int64)
+        self.ends = np.zeros(0, np.int64)
+        self.text = ""
+        self.base = 0  # character index of text[0] in the document
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.starts)
+
+    def raw_size(self) -> int:
+        return 2 * self.n_tokens + len(self.text)
+
+    def extend(self, first_row: int, starts: NDArray[np.int64], ends: NDArray[np.int64], text: str, text_start: int) -> None:
+        if not self.n_tokens:
+            self.first_row = first_row
+        if not self.n_tokens and not self.text:
+            self.base = text_start
+        self.starts = np.concatenate((self.starts, starts))
+        self.ends = np.concatenate((self.ends, ends))
+        self.text += text
+
+    def _text_stop(self, n: int) -> int:
+        """Where the text of a frame of n tokens ends: at the next token's first character, or with the text."""
+        if n >= self.n_tokens:
+            return self.base + len(self.text)
+        return min(max(int(self.starts[n]), self.base), self.base + len(self.text))
+
+    def fitting(self, most: int, raw_bytes: int) -> int:
+        """The most tokens, up to `most`, whose frame stays under raw_bytes and 4 KiB, not cut within a shared character; at least 1."""
+        limit = min(raw_bytes, TEXT_FRAME_RAW) - _FRAME.size
+        sizes = 2 * np.arange(1, self.n_tokens + 1) + (np.append(self.starts[1:], self.base + len(self.text)) - self.base)
+        n = int(min(most, max(1, np.searchsorted(np.maximum.accumulate(sizes), limit, side="right"))))
+        cut = n
+        while 1 < cut < self.n_tokens and self.starts[cut] < self.ends[cut - 1]:
+            cut -= 1  # tokens of one character (an emoji in bytes) stay in one frame
+        return cut if cut > 1 or n == 1 else n
+
+    def pack(self, n: int) -> bytes:
+        """The raw frame of the first n tokens (docs/format-v1.md, "Text frames")."""
+        starts, ends = self.starts[:n], self.ends[:n]
+        gaps = starts - np.concatenate(([self.base], ends[:-1]))
+        gap_width, gap_bytes = _narrow((gaps << 1) ^ (gaps >> 63))  # zigzag: a gap is negative where tokens share a character
+        length_width, length_bytes = _narrow(ends - starts)
+        text = self.text[: self._text_stop(n) - self.base].encode("utf-8", "surrogatepass")
+        head = _FRAME.pack(n, len(text), self.base, gap_width, length_width, 0)
+        return head + gap_bytes + length_bytes + text
+
+    def drop(self, n: int) -> None:
+        stop = self._text_stop(n)
+        self.text = self.text[stop - self.base :]
+        self.base = stop
+        self.first_row += n
+        self.starts, self.ends = self.starts[n:], self.ends[n:]
+
+
+class ContextsReader:
+    """Reads one segment's documents and text. The environment is opened at first use, in the process that uses it."""
+
+    def __init__(self, path: Path, *, n_rows: int) -> None:
+        self.path, self.n_rows = path, n_rows
+        try:
+            self._env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_dbs=3, create=False)
+            self._documents, self._ids, self._text = (self._env.open_db(name, create=False) for name in (b"documents", b"ids", b"text"))
+        except lmdb.Error as error:
+            raise DamageError(f"{path}: LMDB cannot open it: {error}. Run `knnstore verify`.") from error
+        self._zstd = zstandard.ZstdDecompressor()
+        self.first_rows = self._read_first_rows()
+
+    def _read_first_rows(self) -> NDArray[np.int64]:
+        with self._env.begin() as transaction:
+            raw = transaction.get(b"first_rows")
+        if raw is None or len(raw) % 8:
+            raise DamageError(f"{self.path}: its list of documents is missing. Run `knnstore verify`.")
+        rows = np.frombuffer(raw, "<u8").astype(np.int64)
+        if len(rows) and (rows[0] != 0 or (np.diff(rows) <= 0).any() or rows[-1] >= self.n_rows):
+            raise DamageError(f"{self.path}: its documents' first rows do not rise from 0 to {self.n_rows}. Run `knnstore verify`.")
+        return rows
+
+    def close(self) -> None:
+        self._env.close()
+
+    def first_row_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first row of the document each row is in; any shape."""
+        return self.first_rows[np.searchsorted(self.first_rows, rows, side="right") - 1]
+
+    def document_at(self, first_row: int) -> DocumentRecord:
+        """The record of the document that begins at first_row."""
+        with self._env.begin(buffers=True) as transaction:
+            packed = transaction.get(_ROW.pack(first_row), db=self._documents)
+            if packed is None:
+                raise DamageError(f"{self.path}: no document begins at row {first_row}. Run `knnstore verify`.")
+            raw = self._decompress(packed, DOCUMENT_RECORD_MAX)
+        return _parse_document(raw, first_row, str(self.path))
+
+    def documents(self) -> Iterator[DocumentRecord]:
+        """All records in row order."""
+        for row in self.first_rows.tolist():
+            yield self.document_at(row)
+
+    def find(self, document_id: str) -> list[DocumentRecord]:
+        """The records with this id (several where domains or parts share it), in row order."""
+        prefix = id_hash(document_id)
+        rows = []
+        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._ids) as cursor:
+            found = cursor.set_range(prefix)
+            while found and bytes(cursor.key()[:16]) == prefix:
+                rows.append(_ROW.unpack(bytes(cursor.key()[16:24]))[0])
+                found = cursor.next()
+        records = (self.document_at(row) for row in rows)
+        return [record for record in records if record.id == document_id]
+
+    def span(self, first: int, stop: int) -> Span | None:
+        """Text and character offsets of the rows [first, stop) of one document; None where the segment has no text."""
+        parts: list[tuple[int, NDArray[np.int64], NDArray[np.int64], str, int]] = []
+        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._text) as cursor:
+            found = cursor.set_range(_ROW.pack(first))
+            if not found or _ROW.unpack(bytes(cursor.key()))[0] > first:
+                found = cursor.prev() if found else cursor.last()
+            while found and (row := _ROW.unpack(bytes(cursor.key()))[0]) < stop:
+                parts.append((row, *self._unpack_frame(self._decompress(cursor.value(), TEXT_FRAME_MAX))))
+                found = cursor.next()
+        if not parts or parts[0][0] + len(parts[0][1]) <= first:
+            return None
+        row = parts[0][0]
+        starts = np.concatenate([part[1] for part in parts])
+        ends = np.concatenate([part[2] for part in parts])
+        if len(starts) < stop - row:
+            raise DamageError(f"{self.path}: its text ends before row {stop}. Run `knnstore verify`.")
+        return Span("".join(part[3] for part in parts), parts[0][4], starts[first - row : stop - row], ends[first - row : stop - row])
+
+    def frames(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], str, int]]:
+        """Every frame in order: first row, starts, ends, text, index of the text's first character."""
+        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._text) as cursor:
+            for key, packed in cursor:
+                yield (_ROW.unpack(bytes(key))[0], *self._unpack_frame(self._decompress(packed, TEXT_FRAME_MAX)))
+
+    def _decompress(self, packed: Any, most: int) -> bytes:
+        try:
+            size = zstandard.frame_content_size(packed)
+            if not 0 <= size <= most:
+                raise DamageError(f"{self.path}: a frame of {size} bytes, {most} are the most. Run `knnstore verify`.")
+            return self._zstd.decompress(packed, max_output_size=most)
+        except zstandard.ZstdError as error:
+            raise DamageError(f"{self.path}: a frame does not decompress: {error}. Run `knnstore verify`.") from error
+
+    def _unpack_frame(self, raw: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64], str, int]:
+        if len(raw) < _FRAME.size:
+            raise DamageError(f"{self.path}: a text frame of {len(raw)} bytes. Run `knnstore verify`.")
+        n, text_bytes, base, gap_width, length_width, _ = _FRAME.unpack(raw[: _FRAME.size])
+        if max(gap_width, length_width) >= len(_WIDTHS):
+            raise DamageError(f"{self.path}: a text frame with integers of unknown width. Run `knnstore verify`.")
+        gap_type, length_type = _WIDTHS[gap_width], _WIDTHS[length_width]
+        at = _FRAME.size + n * gap_type.itemsize
+        stop = at + n * length_type.itemsize
+        if len(raw) != stop + text_bytes:
+            raise DamageError(f"{self.path}: a text frame whose sizes do not add up. Run `knnstore verify`.")
+        zigzag = np.frombuffer(raw, gap_type, n, _FRAME.size).astype(np.int64)
+        lengths = np.frombuffer(raw, length_type, n, at).astype(np.int64)
+        gaps = (zigzag >> 1) ^ -(zigzag & 1)
+        ends = base + np.cumsum(gaps + lengths)
+        return ends - lengths, ends, raw[stop:].decode("utf-8", "surrogatepass"), base
+
+
+def _parse_document(raw: bytes, first_row: int, at: str) -> DocumentRecord:
+    names = ("chars", "entries", "first_token", "hash", "id", "last", "metadata", "part", "prefix", "source")
+    at = f"{at}: document at row {first_row}"
+    fields = parse_object(parse_json_bytes(raw, at), at, required=names)
+    prefix = tuple(parse_size(token, f"{at}.prefix") for token in parse_list(fields["prefix"], f"{at}.prefix"))
+    return DocumentRecord(
+        id=parse_text(fields["id"], f"{at}.id"),
+        source=parse_text(fields["source"], f"{at}.source"),
+        first_row=first_row,
+        n_entries=parse_size(fields["entries"], f"{at}.entries"),
+        prefix=prefix,
+        metadata=dict(fields["metadata"]) if isinstance(fields["metadata"], dict) else {},
+        content_hash=None if fields["hash"] is None else parse_text(fields["hash"], f"{at}.hash"),
+        n_chars=None if fields["chars"] is None else parse_size(fields["chars"], f"{at}.chars"),
+        part=parse_size(fields["part"], f"{at}.part"),
+        last=fields["last"] is True,
+        first_token=parse_size(fields["first_token"], f"{at}.first_token"),
+    )

@@ -1,0 +1,70 @@
+"""Jobs: work that is continued by typing the same command again. A job is a folder in `staging/`, named by what was asked for."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from knnstore.errors import DamageError
+from knnstore.storage.catalog import StoreFolder
+from knnstore.storage.files import disk, hold_lock, write_file
+from knnstore.storage.manifest import canonical
+from knnstore.storage.parse import parse_json
+
+__all__ = ["JOB_FILE", "job_name", "other_jobs", "run_job"]
+
+JOB_FILE = "job.json"
+_LOCK = "lock"
+
+
+def job_name(arguments: Mapping[str, Any]) -> str:
+    """32 hex digits over the arguments and inputs of a command (JSON values)."""
+    return hashlib.sha256(canonical(dict(arguments))).hexdigest()[:32]
+
+
+def other_jobs(store: StoreFolder, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and arguments of the unfinished jobs of a store other than this one. Folders that never got arguments are not counted."""
+    jobs = []
+    for folder in sorted(store.staging.iterdir()) if store.staging.is_dir() else []:
+        if folder.name != name and (folder / JOB_FILE).is_file():
+            try:
+                jobs.append((folder.name, parse_json(folder / JOB_FILE)))
+            except DamageError:
+                continue  # its own command will begin it anew
+    return jobs
+
+
+@contextmanager
+def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iterator[Path]:
+    """The job's folder, locked while in use. It stays after an error, to be continued, and is removed after success.
+
+    Raises LockedError where another process is at the same job.
+    """
+    folder = store.staging / name
+    disk.make_folder(folder)
+    with hold_lock(folder / _LOCK, purpose="at the same job", wait=False):
+        if not (folder / JOB_FILE).exists():
+            write_file(folder / f"{JOB_FILE}.tmp", canonical(dict(arguments)))
+            disk.replace(folder / f"{JOB_FILE}.tmp", folder / JOB_FILE)
+            disk.sync_folder(folder)
+        yield folder
+        disk.remove_tree(folder)
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the job's lock."""
+    try:
+        fd = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(fd)

@@ -1,0 +1,267 @@
+"""Inverted lists on disk: written once, mapped, and searched by faiss as they lie there.
+
+`lists.bin` holds the lists one after another, each at a multiple of 64: codes of its entries (PQ4: packed blocks of 32), then
+as many labels (int64), both padded to a multiple of 32 entries with zeros and -1. `lists.dir` says for each list how many
+entries it has, where it begins, and the xxh3-64 of its bytes, which is compared when a process first searches that list.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from knnstore.errors import DamageError
+from knnstore.format import (
+    ALIGNMENT,
+    BLOCK_ENTRIES,
+    DIRECTORY_FILE,
+    HEADER_SIZE,
+    LISTS_FILE,
+    TOKEN_BITS,
+    Codec,
+    DType,
+    Header,
+    Kind,
+    aligned,
+    padded,
+    parse_header,
+)
+from knnstore.storage.arrays import map_file, read_array, write_array
+from knnstore.storage.blocks import block_bytes, faiss_packs_alike, pack, unpack
+from knnstore.storage.files import FileWriter
+from knnstore.storage.space import Space
+
+__all__ = ["MappedLists", "entry_bytes", "labels_of", "rows_of", "tokens_of", "write_lists"]
+
+Labels = NDArray[np.int64]
+
+_GROUP = 65_536  # entries packed at a time: stays in the cache, bounds the memory of writing
+
+
+def labels_of(rows: NDArray[np.int64], tokens: NDArray[Any]) -> Labels:
+    """row << 24 | token."""
+    return (rows.astype(np.int64) << TOKEN_BITS) | tokens.astype(np.int64)
+
+
+def rows_of(labels: Labels) -> NDArray[np.int64]:
+    """The row of each label; -1 stays -1."""
+    return labels >> TOKEN_BITS
+
+
+def tokens_of(labels: Labels) -> NDArray[np.int32]:
+    """The token of each label; -1 where the label is -1."""
+    tokens = (labels & ((1 << TOKEN_BITS) - 1)).astype(np.int32)
+    tokens[labels < 0] = -1
+    return tokens
+
+
+def entry_bytes(space: Space) -> int:
+    """Bytes of an entry's code as it lies in a list."""
+    return block_bytes(space.n_sub) // BLOCK_ENTRIES if space.codec is Codec.PQ4 else space.code_size
+
+
+def write_lists(
+    folder: Path,
+    *,
+    space: Space,
+    owner: bytes,
+    codes: NDArray[np.uint8],
+    lists: NDArray[np.uint32] | None,
+    nlist: int,
+    values: NDArray[Any],
+) -> None:
+    """Writes lists.bin and lists.dir.
+
+    codes: (n, code_size) u8 in row order, may be mapped; lists: (n,) u32, the list of each row, None for one list;
+    values: (n,) token ids. Takes 12 bytes of memory an entry, and what a group of 65,536 entries takes.
+    """
+    n = len(codes)
+    width = entry_bytes(space)
+    if lists is None:
+        sizes, order = np.array([n], np.int64), None
+    else:
+        narrow = lists.astype(np.uint16) if nlist <= 1 << 16 else lists  # numpy sorts 16-bit keys by radix
+        order = np.argsort(narrow, kind="stable")
+        sizes = np.bincount(lists, minlength=nlist).astype(np.int64)
+    begins = np.concatenate(([0], np.cumsum(sizes)))
+    directory = np.zeros((len(sizes), 3), np.uint64)
+    header = Header(kind=Kind.LISTS, codec=space.codec, dtype=DType.U8, rows=n, columns=width, owner=owner)
+    with FileWriter(folder / LISTS_FILE, header_size=HEADER_SIZE) as writer:
+        for first, stop in _groups(sizes):
+            rows = np.arange(begins[first], begins[stop]) if order is None else order[begins[first] : begins[stop]]
+            blocks, labels, at = _lay_out(space, codes, values, rows, sizes[first:stop])
+            for number, (lo, hi) in enumerate(zip(at[:-1], at[1:], strict=True), start=first):
+                body, tail = blocks[lo * width : hi * width], labels[lo:hi]
+                digest = xxhash.xxh3_64(body)
+                digest.update(tail)
+                directory[number] = (sizes[number], writer.position, digest.intdigest())
+                writer.write(body)
+                writer.write(tail)
+                writer.pad_to(aligned(writer.position))
+        writer.finish(header.pack())
+    write_array(folder / DIRECTORY_FILE, directory, kind=Kind.DIRECTORY, dtype=DType.U64, owner=owner, codec=space.codec)
+
+
+def _groups(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Runs of lists of about 65,536 entries together; a larger list stands alone."""
+    cuts = [0]
+    total = 0
+    for number, size in enumerate(sizes.tolist()):
+        if total and total + size > _GROUP:
+            cuts.append(number)
+            total = 0
+        total += size
+    cuts.append(len(sizes))
+    return list(zip(cuts[:-1], cuts[1:], strict=True))
+
+
+def _lay_out(
+    space: Space, codes: NDArray[np.uint8], values: NDArray[Any], rows: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], Labels, list[int]]:
+    """Codes and labels of a group of lists, each list padded: bytes (padded * width,), labels (padded,), bounds of the lists."""
+    capacities = -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
+    at = np.concatenate(([0], np.cumsum(capacities)))
+    total = int(at[-1])
+    shift = np.repeat(at[:-1] - np.concatenate(([0], np.cumsum(sizes)[:-1])), sizes)
+    place = np.arange(len(rows)) + shift
+    labels = np.full(total, -1, "<i8")
+    labels[place] = labels_of(rows, values[rows])
+    blocks = np.empty(total * entry_bytes(space), np.uint8)
+    laid = np.zeros((min(total, _GROUP), space.code_size), np.uint8)
+    # A list may be larger than a group (a flat segment, a crowded list): it goes through in pieces of whole blocks.
+    for begin in range(0, total, _GROUP):
+        end = min(total, begin + _GROUP)
+        lo, hi = np.searchsorted(place, (begin, end))
+        piece = laid[: end - begin]
+        piece[:] = 0
+        piece[place[lo:hi] - begin] = codes[rows[lo:hi]]
+        stored = pack(piece, space.n_sub) if space.codec is Codec.PQ4 else piece
+        blocks[begin * entry_bytes(space) : end * entry_bytes(space)] = stored.reshape(-1)
+    return blocks, labels, at.tolist()
+
+
+class MappedLists:
+    """The lists of one segment, mapped. Opening reads the directory (24 bytes a list) and nothing of the lists."""
+
+    def __init__(self, folder: Path, *, space: Space, owner: bytes, nlist: int, n_entries: int, size: int) -> None:
+        """size: bytes of lists.bin by the manifest. Raises DamageError where directory and file do not fit together."""
+        self.path = folder / LISTS_FILE
+        self._space, self._width = space, entry_bytes(space)
+        directory = read_array(folder / DIRECTORY_FILE, kind=Kind.DIRECTORY, owner=owner, shape=(nlist, 3))
+        self._raw = map_file(self.path, size)
+        header = parse_header(self._raw[:HEADER_SIZE].tobytes(), str(self.path), kind=Kind.LISTS, owner=owner)
+        self.sizes = directory[:, 0].astype(np.int64)
+        self.offsets = directory[:, 1].astype(np.int64)
+        self._checks = directory[:, 2]
+        ends = self.offsets + (-(-self.sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES) * (self._width + 8)
+        if (
+            (header.rows, header.columns, header.codec) != (n_entries, self._width, space.codec)
+            or int(self.sizes.sum()) != n_entries
+            or (self.sizes < 0).any()
+            or (self.offsets < HEADER_SIZE).any()
+            or (self.offsets % ALIGNMENT).any()
+            or (ends > size).any()
+        ):
+            raise DamageError(f"{self.path}: it does not fit its directory. Run `knnstore verify`.")
+        self._seen = np.zeros(nlist, dtype=bool)
+        self._seen[self.sizes == 0] = True
+
+    @property
+    def nlist(self) -> int:
+        return len(self.sizes)
+
+    def check(self, numbers: NDArray[np.int64]) -> None:
+        """Compares the checksums of these lists (any shape, -1 ignored) if this process has not yet. Raises DamageError."""
+        if self._seen.all():
+            return
+        wanted = np.zeros(self.nlist, dtype=bool)
+        wanted[numbers[numbers >= 0]] = True
+        for number in np.flatnonzero(wanted & ~self._seen).tolist():
+            if xxhash.xxh3_64_intdigest(self._bytes(number)) != self._checks[number]:
+                raise DamageError(f"{self.path}: list {number} does not match its checksum. Run `knnstore verify`.")
+            self._seen[number] = True
+
+    def _bytes(self, number: int) -> NDArray[np.uint8]:
+        begin = int(self.offsets[number])
+        return self._raw[begin : begin + padded(int(self.sizes[number])) * (self._width + 8)]
+
+    def entries(self, number: int) -> tuple[NDArray[np.uint8], Labels]:
+        """One list's codes as encoded (n, code_size) u8 and labels (n,) int64, checked."""
+        self.check(np.array([number]))
+        n = int(self.sizes[number])
+        raw = self._bytes(number)
+        cut = padded(n) * self._width
+        codes = raw[:cut]
+        if self._space.codec is Codec.PQ4:
+            unpacked = unpack(codes.reshape(-1, block_bytes(self._space.n_sub)), self._space.n_sub)[:n]
+        else:
+            unpacked = codes.reshape(-1, self._width)[:n]
+        return unpacked, raw[cut:].view("<i8")[:n]
+
+    def index(self) -> Any:
+        """A faiss index over these lists, to be searched with `search_preassigned_c` only (it has no centroids).
+
+        Where the installed faiss packs 4-bit codes otherwise than this format, or cannot map, the lists are repacked in memory.
+        """
+        space = self._space
+        shell = _shell(space, self.nlist)
+        if hasattr(faiss, "OnDiskInvertedLists") and (space.codec is not Codec.PQ4 or faiss_packs_alike(space.n_sub)):
+            lists = faiss.OnDiskInvertedLists(self.nlist, self._width, str(self.path))
+            lists.read_only = True
+            lists.totsize = self._raw.nbytes
+            _fill(lists, self.sizes, self.offsets)
+            lists.do_mmap()
+            lists.prefetch_nthread = 0
+            shell.replace_invlists(lists, True)
+            lists.this.disown()
+        else:
+            self._load(shell)
+        shell.ntotal = int(self.sizes.sum())
+        return shell
+
+    def _load(self, shell: Any) -> None:
+        for number in range(self.nlist):
+            codes, labels = self.entries(number)
+            if len(labels):
+                shell.add_core(
+                    len(labels),
+                    faiss.swig_ptr(keys := np.ascontiguousarray(self._space.decode(codes))),
+                    faiss.swig_ptr(ids := np.ascontiguousarray(labels)),
+                    faiss.swig_ptr(at := np.full(len(labels), number, np.int64)),
+                )
+                del keys, ids, at
+
+
+def _shell(space: Space, nlist: int) -> Any:
+    quantizer = faiss.IndexFlatL2(space.dim)
+    if space.codec is Codec.RAW:
+        shell = faiss.IndexIVFFlat(quantizer, space.dim, nlist, faiss.METRIC_L2)
+    elif space.codec is Codec.PQ4:
+        shell = faiss.IndexIVFPQFastScan(quantizer, space.dim, nlist, space.n_sub, 4, faiss.METRIC_L2, BLOCK_ENTRIES)
+    else:
+        shell = faiss.IndexIVFPQ(quantizer, space.dim, nlist, space.n_sub, 8, faiss.METRIC_L2)
+    if space.codec is not Codec.RAW:
+        shell.by_residual = False
+        shell.use_precomputed_table = 0
+        faiss.copy_array_to_vector(np.ascontiguousarray(space.centroids).reshape(-1), shell.pq.centroids)
+    shell.is_trained = True
+    shell.own_fields = False
+    shell.referenced_objects = [quantizer]  # faiss keeps a bare pointer
+    return shell
+
+
+def _fill(lists: Any, sizes: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+    """Sets size, capacity and offset of every list at once: three u64 a list in the vector's own memory."""
+    vector = lists.lists
+    vector.resize(len(sizes))
+    memory = (ctypes.c_uint64 * (3 * len(sizes))).from_address(int(vector.data().this))
+    table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
+    table[:, 0] = sizes
+    table[:, 1] = -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
+    table[:, 2] = offsets
+    last = vector.at(len(sizes) - 1)
+    assert (last.size, last.capacity, last.offset) == tuple(table[-1].tolist()), "faiss lays out OnDiskOneList otherwise"
