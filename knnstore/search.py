@@ -7,7 +7,6 @@ distance any may be kept; exact search keeps the smallest (segment, row).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import faiss
@@ -136,8 +135,9 @@ def _faiss_top(
     parameters = faiss.SearchParametersIVF(nprobe=probe[1].shape[1])
     if rows is not None:
         selectors = [faiss.IDSelectorRange(int(first) << TOKEN_BITS, int(stop) << TOKEN_BITS) for first, stop in rows]
-        chain = [selectors[0]]
-        reduce(lambda a, b: chain.append(faiss.IDSelectorOr(a, b)) or chain[-1], selectors[1:], selectors[0])
+        chain = [selectors[0]]  # faiss keeps bare pointers: every link must live until the search is done
+        for selector in selectors[1:]:
+            chain.append(faiss.IDSelectorOr(chain[-1], selector))
         parameters = faiss.SearchParametersIVF(nprobe=probe[1].shape[1], sel=chain[-1])
     lists, centroid_distances = np.ascontiguousarray(probe[1]), np.ascontiguousarray(probe[0])
     segment.index.search_preassigned_c(

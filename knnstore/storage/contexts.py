@@ -28,7 +28,7 @@ __all__ = ["ContextsReader", "ContextsWriter", "DocumentRecord", "Span"]
 _ROW = struct.Struct(">Q")
 _FRAME = struct.Struct("<IIQBBH")  # tokens, characters before the text's own, ... see _pack_frame
 _LEVEL = 12  # zstd: 2% larger than 19 and several times faster
-_WIDTHS = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8"))
+_WIDTHS: tuple[np.dtype[Any], ...] = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8"))
 _MAP_STEP = 1 << 28  # bytes the map grows by when it is full (address space, not disk)
 _FEED = 8_192  # tokens looked at while a frame is cut
 _COMMIT_BYTES = 1 << 26  # bytes put in one transaction: bounds its dirty pages
@@ -77,7 +77,7 @@ def id_hash(document_id: str) -> bytes:
 
 
 def _narrow(numbers: NDArray[np.int64]) -> tuple[int, bytes]:
-    width = next(i for i, dtype in enumerate(_WIDTHS) if not len(numbers) or numbers.max() <= np.iinfo(dtype).max)
+    width = next(i for i, dtype in enumerate(_WIDTHS) if not len(numbers) or int(numbers.max()) < 1 << 8 * dtype.itemsize)
     return width, numbers.astype(_WIDTHS[width]).tobytes()
 
 
@@ -154,7 +154,7 @@ class ContextsWriter:
 
     def _put_frame(self) -> None:
         frame = self._frame
-        n = frame.n_tokens
+        n, raw, packed = frame.n_tokens, b"", b""
         for _ in range(8):
             n = frame.fitting(n, int(TEXT_FRAME_PACKED / self._ratio))
             raw = frame.pack(n)
@@ -226,7 +226,7 @@ class _OpenFrame:
         """The most tokens, up to `most`, whose frame stays under raw_bytes and 4 KiB, not cut within a shared character; at least 1."""
         limit = min(raw_bytes, TEXT_FRAME_RAW) - _FRAME.size
         sizes = 2 * np.arange(1, self.n_tokens + 1) + (np.append(self.starts[1:], self.base + len(self.text)) - self.base)
-        n = int(min(most, max(1, np.searchsorted(np.maximum.accumulate(sizes), limit, side="right"))))
+        n = min(most, max(1, int(np.searchsorted(np.maximum.accumulate(sizes), limit, side="right"))))
         cut = n
         while 1 < cut < self.n_tokens and self.starts[cut] < self.ends[cut - 1]:
             cut -= 1  # tokens of one character (an emoji in bytes) stay in one frame

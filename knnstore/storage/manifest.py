@@ -88,7 +88,10 @@ class SegmentContent:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentRecord:
-    """A segment in a snapshot. runs: (domain, first row, stop row) in row order. dead: rows that no longer count. sha256: of segment.json."""
+    """A segment in a snapshot.
+
+    runs: (domain, first row, stop row) in row order. dead: rows that no longer count. sha256: of its segment.json.
+    """
 
     content: SegmentContent
     runs: tuple[tuple[str, int, int], ...]
@@ -161,7 +164,11 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """One snapshot. tokens: the rule by which text became tokens, None where entries came from elsewhere."""
+    """One snapshot.
+
+    tokens: the rule by which text became tokens, None where entries came from elsewhere. documents: how many each domain has.
+    k, nprobe: of a search that does not say.
+    """
 
     uuid: str
     snapshot: int
@@ -174,14 +181,14 @@ class Manifest:
     spaces: tuple[SpaceRecord, ...]
     coarse: tuple[CoarseRecord, ...]
     segments: tuple[SegmentRecord, ...]
+    documents: dict[str, int]
     calibration: Calibration | None
     k: int
     nprobe: int
 
     def domains(self) -> list[str]:
-        """Names of all domains that have live rows, sorted."""
-        names = {name for segment in self.segments for name, _, _ in segment.runs}
-        return sorted(names)
+        """Names of all domains that have documents, sorted."""
+        return sorted(self.documents)
 
     def to_bytes(self) -> bytes:
         """The manifest file's bytes; `check` in it is the sha256 of the same JSON without it."""
@@ -212,6 +219,7 @@ def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
         "calibration": None,
         "checkpoint": _plain(manifest.checkpoint),
         "coarse": [{**_plain(item), "files": _file_fields(item.files)} for item in manifest.coarse],
+        "documents": manifest.documents,
         "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
         "features": {"reader": [], "writer": []},
         "format": FORMAT_VERSION,
@@ -248,7 +256,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
     if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT_VERSION:
         raise FormatError(f"{at}: format {fields['format']}; this knnstore reads up to {FORMAT_VERSION}. Install a newer one.")
     names = (
-        "calibration", "check", "checkpoint", "coarse", "defaults", "features", "format", "key", "operation",
+        "calibration", "check", "checkpoint", "coarse", "defaults", "documents", "features", "format", "key", "operation",
         "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid",
     )  # fmt: skip
     fields = parse_object(fields, at, required=names)
@@ -268,12 +276,13 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
         operation=_parse_operation(fields["operation"], f"{at}.operation"),
         checkpoint=_parse_checkpoint(fields["checkpoint"], f"{at}.checkpoint"),
         key=_parse_key(fields["key"], f"{at}.key"),
-        tokens=None if fields["tokens"] is None else dict(fields["tokens"]),
+        tokens=None if fields["tokens"] is None else _parse_any_object(fields["tokens"], f"{at}.tokens"),
         spaces=tuple(_parse_space(raw, f"{at}.spaces[{i}]") for i, raw in enumerate(parse_list(fields["spaces"], f"{at}.spaces"))),
         coarse=tuple(_parse_coarse(raw, f"{at}.coarse[{i}]") for i, raw in enumerate(parse_list(fields["coarse"], f"{at}.coarse"))),
         segments=tuple(
             _parse_segment(raw, f"{at}.segments[{i}]") for i, raw in enumerate(parse_list(fields["segments"], f"{at}.segments"))
         ),
+        documents=_parse_documents(fields["documents"], f"{at}.documents"),
         calibration=_parse_calibration(fields["calibration"], f"{at}.calibration"),
         k=parse_size(defaults["k"], f"{at}.defaults.k"),
         nprobe=parse_size(defaults["nprobe"], f"{at}.defaults.nprobe"),
@@ -290,7 +299,15 @@ def _check_references(manifest: Manifest, at: str) -> None:
         lists = coarse.get(content.coarse) if content.coarse is not None else None
         nlist = 1 if content.coarse is None else (lists.nlist if lists is not None and lists.space == content.space else 0)
         if content.space not in spaces or content.nlist != nlist:
-            raise DamageError(f"{at}: segment {content.uuid} refers to a space or coarse quantizer that is not there. Run `knnstore verify`.")
+            raise DamageError(f"{at}: segment {content.uuid} refers to a space or lists that are not there. Run `knnstore verify`.")
+
+
+def _parse_any_object(raw: object, at: str) -> dict[str, Any]:
+    return parse_object(raw, at, required=(), optional=tuple(raw) if isinstance(raw, dict) else ())
+
+
+def _parse_documents(raw: object, at: str) -> dict[str, int]:
+    return {name: parse_size(n, f"{at}.{name}") for name, n in _parse_any_object(raw, at).items()}
 
 
 def _parse_parent(raw: object, at: str) -> tuple[int, str] | None:
@@ -302,8 +319,7 @@ def _parse_parent(raw: object, at: str) -> tuple[int, str] | None:
 
 def _parse_operation(raw: object, at: str) -> Operation:
     fields = parse_object(raw, at, required=("arguments", "counts", "name"))
-    arguments = parse_object(fields["arguments"], f"{at}.arguments", required=(), optional=tuple(fields["arguments"]))
-    counts = parse_object(fields["counts"], f"{at}.counts", required=(), optional=tuple(fields["counts"]))
+    arguments, counts = (_parse_any_object(fields[name], f"{at}.{name}") for name in ("arguments", "counts"))
     return Operation(name=parse_text(fields["name"], f"{at}.name"), arguments=arguments, counts=counts)
 
 
@@ -325,9 +341,8 @@ def _parse_key(raw: object, at: str) -> KeyLayer:
 
 
 def _parse_files(raw: object, at: str) -> tuple[FileRecord, ...]:
-    fields = parse_object(raw, at, required=(), optional=tuple(raw) if isinstance(raw, dict) else ())
     records = []
-    for name, item in fields.items():
+    for name, item in _parse_any_object(raw, at).items():
         if "/" in name or name.startswith("."):
             raise DamageError(f"{at}: {name!r} is not a file name of the format. Run `knnstore verify`.")
         entry = parse_object(item, f"{at}.{name}", required=("sha256", "size"))

@@ -1,0 +1,68 @@
+"""knnstore: an embedded datastore for nearest-neighbour language models.
+
+Importing this loads neither torch nor transformers; what needs them loads them when it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from knnstore import errors
+from knnstore._version import __version__
+
+if TYPE_CHECKING:
+    from knnstore.build import IndexOptions
+    from knnstore.entries import EntryDocument, create_from_entries
+    from knnstore.filters import RowRange
+    from knnstore.lm.create import create
+    from knnstore.lm.knnlm import KnnLM, Step
+    from knnstore.neighbors import Context, Neighbors
+    from knnstore.storage.checkpoint import Checkpoint
+    from knnstore.store import Datastore
+    from knnstore.store import open_store as open  # noqa: A004 - the front door's name
+    from knnstore.verify import verify
+
+_PLACES = {
+    "Checkpoint": "knnstore.storage.checkpoint",
+    "Context": "knnstore.neighbors",
+    "Datastore": "knnstore.store",
+    "EntryDocument": "knnstore.entries",
+    "IndexOptions": "knnstore.build",
+    "KnnLM": "knnstore.lm.knnlm",
+    "Neighbors": "knnstore.neighbors",
+    "RowRange": "knnstore.filters",
+    "Step": "knnstore.lm.knnlm",
+    "create": "knnstore.lm.create",
+    "create_from_entries": "knnstore.entries",
+    "open": "knnstore.store",
+    "verify": "knnstore.verify",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Context",
+    "Datastore",
+    "EntryDocument",
+    "IndexOptions",
+    "KnnLM",
+    "Neighbors",
+    "RowRange",
+    "Step",
+    "__version__",
+    "create",
+    "create_from_entries",
+    "errors",
+    "open",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'knnstore' has no attribute {name!r}")
+    found = getattr(import_module(_PLACES[name]), "open_store" if name == "open" else name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,119 @@
+"""What a datastore is: its documents, sizes and settings, as `info` and `snapshots` show them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, KEYS_FILE, LISTS_FILE, VALUES_FILE
+from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
+from knnstore.storage.manifest import Calibration, Manifest
+from knnstore.storage.rows import contains, count, subtract
+from knnstore.storage.segment import Segment
+
+__all__ = ["calibration_fields", "live_documents", "snapshot_list", "store_info"]
+
+
+def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
+    """Each document with live rows once: id, domain, source, entries, metadata."""
+    parts: dict[tuple[str, str], int] = {}
+    for segment in segments:
+        dead = segment.record.dead_ranges()
+        runs = iter(segment.record.runs)
+        domain, _, stop = next(runs)
+        for record in segment.contexts.documents():
+            while record.first_row >= stop:
+                domain, _, stop = next(runs)
+            if contains(dead, np.array([record.first_row]))[0]:
+                continue
+            if not record.last:
+                parts[domain, record.id] = parts.get((domain, record.id), 0) + record.n_entries
+                continue
+            entries = parts.pop((domain, record.id), 0) + record.n_entries
+            yield {"id": record.id, "domain": domain, "source": record.source, "entries": entries, "metadata": record.metadata}
+
+
+def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """The fields of `knnstore info --json`, from the manifest alone."""
+    parts = {"lists": (LISTS_FILE, DIRECTORY_FILE), "values": (VALUES_FILE,), "contexts": (CONTEXTS_FILE,), "keys": (KEYS_FILE,)}
+    sizes = {
+        part: sum(segment.content.size_of(name) for segment in manifest.segments for name in names) for part, names in parts.items()
+    }
+    files = [file for space in manifest.spaces for file in space.files] + [file for coarse in manifest.coarse for file in coarse.files]
+    centroids = sum(file.size for file in files)
+    n_entries = sum(segment.n_live() for segment in manifest.segments)
+    total = sum(sizes.values()) + centroids
+    without_keys = total - sizes["keys"]
+    return {
+        "path": str(path),
+        "format": FORMAT_VERSION,
+        "snapshot": manifest.snapshot,
+        "time": manifest.time,
+        "entries": n_entries,
+        "documents": sum(manifest.documents.values()),
+        "domains": {
+            domain: {"entries": _domain_entries(manifest, domain), "documents": n} for domain, n in sorted(manifest.documents.items())
+        },
+        "segments": len(manifest.segments),
+        "spaces": [
+            {
+                "id": record.id,
+                "codec": CODEC_NAMES[record.codec],
+                "n_sub": record.n_sub,
+                "rotation": record.rotation,
+                "distortion": record.distortion,
+                "nlist": sorted({segment.content.nlist for segment in manifest.segments if segment.content.space == record.id}),
+            }
+            for record in manifest.spaces
+        ],
+        "bytes": {"total": total, **sizes, "quantizers": centroids},
+        "bytes_per_entry": round(without_keys / max(1, n_entries), 3),
+        "checkpoint": asdict(manifest.checkpoint),
+        "key": asdict(manifest.key),
+        "windows": _windows(manifest),
+        "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
+        "calibration": calibration_fields(manifest.calibration),
+    }
+
+
+def _domain_entries(manifest: Manifest, domain: str) -> int:
+    return sum(count(subtract(segment.domain_ranges(domain), segment.dead_ranges())) for segment in manifest.segments)
+
+
+def _windows(manifest: Manifest) -> dict[str, Any] | None:
+    rules = [segment.content.windows for segment in manifest.segments if segment.content.windows is not None]
+    return {**asdict(rules[0]), "dtype": manifest.segments[0].content.dtype} if rules else None
+
+
+def calibration_fields(calibration: Calibration | None) -> dict[str, Any] | None:
+    """A calibration with λ under the name the command line uses."""
+    if calibration is None:
+        return None
+    fields = asdict(calibration)
+    fields["lambda"] = fields.pop("lmbda")
+    return fields
+
+
+def snapshot_list(path: Path) -> list[dict[str, Any]]:
+    """All kept snapshots, oldest first: number, time, operation, entries, whether it is the current one."""
+    store = StoreFolder(path)
+    current, sha256 = read_current(store)
+    listed = []
+    for number in list_manifests(store):
+        if number > current:
+            continue  # an attempt that never counted
+        manifest = read_manifest(store, number, sha256 if number == current else None)
+        listed.append(
+            {
+                "snapshot": number,
+                "time": manifest.time,
+                "operation": manifest.operation.name,
+                "counts": manifest.operation.counts,
+                "entries": sum(segment.n_live() for segment in manifest.segments),
+                "segments": len(manifest.segments),
+                "current": number == current,
+            }
+        )
+    return listed

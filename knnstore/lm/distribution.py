@@ -1,0 +1,112 @@
+"""Neighbours → distribution. Pure: arrays in, arrays out; no files, no model.
+
+p_kNN(v) = sum over neighbours with value v of softmax(-distance / temperature + log weight); p = λ p_kNN + (1 - λ) p_LM
+(Khandelwal et al. 2020, section 2). Sums are taken in float64. A neighbour with value -1 is none.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from knnstore.errors import InvalidArgumentError
+
+__all__ = ["check_lambda", "check_temperature", "knn_gold_log_probs", "knn_log_probs", "log_softmax", "mix", "neighbor_weights"]
+
+Array = NDArray[np.float64]
+
+
+def check_temperature(temperature: float) -> float:
+    """A temperature as a float. Raises InvalidArgumentError unless it is finite and over 0."""
+    value = float(temperature)
+    if not (np.isfinite(value) and value > 0):
+        raise InvalidArgumentError(f"temperature {temperature}: use a number over 0, in units of squared distance.")
+    return value
+
+
+def check_lambda(lmbda: float) -> float:
+    """λ as a float. Raises InvalidArgumentError unless it is from 0 to 1."""
+    value = float(lmbda)
+    if not 0.0 <= value <= 1.0:
+        raise InvalidArgumentError(f"lambda {lmbda}: use a number from 0 (the LM alone) to 1 (the neighbours alone).")
+    return value
+
+
+def neighbor_weights(
+    distances: NDArray[np.float32], values: NDArray[np.int32], *, temperature: float, log_weights: NDArray[np.float32] | None = None
+) -> Array:
+    """softmax of -distance / temperature (+ log weight) over the neighbours of each query.
+
+    All (n, k): distances float32, squared L2; values int32, -1 where fewer than k were found; log_weights float32 or None.
+    Returns (n, k) float64; rows sum to 1, or to 0 where nothing was found.
+    """
+    temperature = check_temperature(temperature)
+    found = values >= 0
+    scores = np.where(found, -distances.astype(np.float64) / temperature, -np.inf)      # (n, k)
+    if log_weights is not None:
+        scores += log_weights
+    top = scores.max(axis=1, keepdims=True, initial=-np.inf)
+    weights = np.where(found, np.exp(scores - np.where(np.isfinite(top), top, 0.0)), 0.0)
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / np.where(total > 0.0, total, 1.0)
+
+
+def knn_log_probs(
+    distances: NDArray[np.float32],
+    values: NDArray[np.int32],
+    *,
+    vocab_size: int,
+    temperature: float,
+    log_weights: NDArray[np.float32] | None = None,
+) -> Array:
+    """Log-probability of each token under the neighbours alone.
+
+    distances, values, log_weights: (n, k), as for `neighbor_weights`. Returns (n, vocab_size) float64, natural log; -inf for a
+    token that no neighbour has, a whole row of -inf where there are no neighbours.
+    Raises InvalidArgumentError if temperature <= 0 or a value is not under vocab_size.
+    """
+    n, k = values.shape
+    if k and values.size and int(values.max()) >= vocab_size:
+        raise InvalidArgumentError(f"token {int(values.max())}: the vocabulary has {vocab_size}. The model is not the datastore's.")
+    weights = neighbor_weights(distances, values, temperature=temperature, log_weights=log_weights)
+    # A token may occur many times among the neighbours: add probabilities, not logs.
+    cells = np.arange(n)[:, None] * vocab_size + np.maximum(values, 0)
+    sums = np.bincount(cells.reshape(-1), weights.reshape(-1), minlength=n * vocab_size).reshape(n, vocab_size)
+    with np.errstate(divide="ignore"):
+        return np.log(sums)
+
+
+def knn_gold_log_probs(
+    distances: NDArray[np.float32],
+    values: NDArray[np.int32],
+    gold: ArrayLike,
+    *,
+    temperature: float,
+    log_weights: NDArray[np.float32] | None = None,
+) -> Array:
+    """Log p_kNN of one token for each query, without a (n, vocab) matrix. gold: (n,) token ids. Returns (n,) float64, -inf for 0."""
+    weights = neighbor_weights(distances, values, temperature=temperature, log_weights=log_weights)
+    with np.errstate(divide="ignore"):
+        return np.log(np.where(values == np.asarray(gold)[:, None], weights, 0.0).sum(axis=1))
+
+
+def mix(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lmbda: ArrayLike) -> Array:
+    """log(λ p_kNN + (1 - λ) p_LM), element by element.
+
+    log_p_lm, log_p_knn: (n, vocab) natural logs. lmbda: a number, or (n,) one for each row. A row whose log_p_knn is all -inf
+    has no neighbours: its λ is 0. Returns (n, vocab) float64. Raises InvalidArgumentError for a λ outside 0 to 1.
+    """
+    lm, knn = np.asarray(log_p_lm, np.float64), np.asarray(log_p_knn, np.float64)
+    weight = np.broadcast_to(np.asarray(lmbda, np.float64), lm.shape[:1])
+    if weight.size and not (0.0 <= float(weight.min()) <= float(weight.max()) <= 1.0):
+        raise InvalidArgumentError(f"lambda {float(weight.min())} to {float(weight.max())}: use numbers from 0 to 1.")
+    weight = np.where(np.isneginf(knn).all(axis=1), 0.0, weight)[:, None]                # (n, 1)
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(np.log(weight) + knn, np.log1p(-weight) + lm)
+
+
+def log_softmax(logits: Any) -> Array:
+    """Log-probabilities of logits (n, vocab) in float64."""
+    scores = np.asarray(logits, np.float64)
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,0 +1,156 @@
+"""`Datastore`: one snapshot of a datastore, open for reading. It delegates; the work is done in the modules it names."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from numpy.typing import ArrayLike
+
+from knnstore import filters, inspection
+from knnstore.errors import InvalidArgumentError
+from knnstore.neighbors import Neighbors
+from knnstore.search import check_keys, search
+from knnstore.storage.catalog import Pin, StoreFolder, open_snapshot
+from knnstore.storage.coarse import Coarse, load_coarse
+from knnstore.storage.manifest import Manifest
+from knnstore.storage.segment import Segment
+from knnstore.storage.space import load_space
+
+__all__ = ["Datastore", "DocumentEntry", "open_store"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentEntry:
+    """A document of a snapshot. entries: how many of its tokens have a key."""
+
+    id: str
+    domain: str
+    source: str
+    entries: int
+    metadata: dict[str, Any]
+
+
+class Datastore:
+    """One snapshot of a datastore: it never changes, whatever is committed after it was opened.
+
+    Threads may share it. After `fork`, open it again in the child. Use it as a context manager, or `close` it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, pin: Pin) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._pin: Pin | None = pin
+        self._pid = os.getpid()
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments in the manifest's order; files are opened at first use."""
+        return open_segments(StoreFolder(self.path), self.manifest)
+
+    @property
+    def snapshot(self) -> int:
+        return self.manifest.snapshot
+
+    @property
+    def dim(self) -> int:
+        return self.manifest.key.dim
+
+    @property
+    def domains(self) -> list[str]:
+        return self.manifest.domains()
+
+    def __len__(self) -> int:
+        """Entries that count."""
+        return sum(record.n_live() for record in self.manifest.segments)
+
+    def search(
+        self,
+        keys: ArrayLike,
+        *,
+        k: int | None = None,
+        nprobe: int | None = None,
+        domains: filters.Domains | None = None,
+        where: filters.Where | None = None,
+        exclude: Iterable[str | filters.RowRange] | None = None,
+        exact: bool = False,
+    ) -> Neighbors:
+        """The k nearest entries of each key.
+
+        keys: (n, dim) or (dim,) numbers. k, nprobe: None for the manifest's defaults. domains: names, or {name: weight};
+        others are not searched. where: metadata that documents must have. exclude: document ids and row ranges.
+        exact: by brute force over kept keys. Raises InvalidArgumentError, NotFoundError, DamageError.
+        """
+        segments = self._open_segments()
+        weights = filters.domain_weights(segments, domains)
+        allowed = filters.allowed_rows(segments, weights=weights, where=where, exclude=exclude)
+        hits = search(
+            segments,
+            allowed,
+            check_keys(keys, self.dim),
+            k=self.manifest.k if k is None else k,
+            nprobe=self.manifest.nprobe if nprobe is None else nprobe,
+            exact=exact,
+        )
+        log_weights = filters.log_weights(segments, weights, hits.segments, hits.rows)
+        return Neighbors(hits.distances, hits.values, hits.segments, hits.rows, log_weights, segments)
+
+    def documents(self) -> Iterator[DocumentEntry]:
+        """All documents whose entries count, in row order; a document of several parts once."""
+        for found in inspection.live_documents(self._open_segments()):
+            yield DocumentEntry(**found)
+
+    def info(self) -> dict[str, Any]:
+        """Sizes, spaces, checkpoint and calibration, as `knnstore info --json` prints them."""
+        return inspection.store_info(self.path, self.manifest)
+
+    def close(self) -> None:
+        """Gives the snapshot free. The datastore cannot be used after."""
+        if "segments" in self.__dict__:
+            for segment in self.segments:
+                segment.close()
+        if self._pin is not None and self._pid == os.getpid():
+            self._pin.release()
+        self._pin = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Datastore {self.path} snapshot {self.snapshot}: {len(self)} entries>"
+
+    def _open_segments(self) -> tuple[Segment, ...]:
+        if self._pin is None:
+            raise InvalidArgumentError(f"{self.path}: this datastore was closed. Open it again.")
+        if self._pid != os.getpid():
+            raise InvalidArgumentError(f"{self.path}: opened in process {self._pid}, used in {os.getpid()}. Open it again after a fork.")
+        return self.segments
+
+
+def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
+    """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
+    spaces = {record.id: load_space(store.space(record.id), record.id) for record in manifest.spaces}
+    dim = manifest.key.dim
+    coarse: dict[str | None, Coarse] = {
+        record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse
+    }
+    return tuple(
+        Segment(store.segment(record.content.uuid), record, spaces[record.content.space], coarse.get(record.content.coarse))
+        for record in manifest.segments
+    )
+
+
+def open_store(path: str | Path, *, snapshot: int | None = None) -> Datastore:
+    """Opens a datastore at its newest snapshot, or at the one named.
+
+    Raises NotFoundError where there is none, FormatError for a later format, DamageError for a damaged one.
+    """
+    folder = Path(path)
+    manifest, pin = open_snapshot(StoreFolder(folder), snapshot)
+    return Datastore(folder, manifest, pin)

@@ -1,0 +1,30 @@
+"""What every test shares: no network, quiet tokenizers, hypothesis settings, the path of the default model."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Read by the libraries when they are imported, and by child processes.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# No deadline: the first example of a test may load a library. In CI the examples are the same each time.
+settings.register_profile("local", deadline=None, max_examples=40)
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """Folder of the model that ships with the package."""
+    return ROOT / "knnstore" / "models" / "default-gpt2"
+
+
+@pytest.fixture(scope="session")
+def sample_book() -> Path:
+    """A Christmas Carol, the sample corpus that ships with the package."""
+    return ROOT / "knnstore" / "samples" / "a-christmas-carol.txt"
