@@ -37,7 +37,7 @@ DEFAULT_K = 1_024  # neighbours: more help perplexity more than better distances
 DEFAULT_NPROBE = 32  # lists: beyond this, perplexity gains under 0.1%
 SAMPLE_BYTES = 1 << 30  # bytes of sampled keys held while training
 SAMPLE_MIN = 65_536  # keys: what a product quantizer is trained on at most
-MEASURED_ROWS = 256  # rows of each encoded run whose distortion is measured
+MEASURED_ROWS = 256  # rows, of those encoded at a time, whose distortion is measured
 ENCODE_ROWS = 16_384  # rows encoded at a time
 
 
@@ -126,13 +126,20 @@ def load_index(job: Path, dim: int) -> tuple[Space, Coarse | None]:
     return space, coarse
 
 
-def encode_rows(writer: CodesWriter, first_row: int, keys: Keys, space: Space, coarse: Coarse | None) -> None:
-    """Encodes keys of consecutive rows and hands them to the writer."""
+def encode_runs(
+    writer: CodesWriter, first_rows: Sequence[int], runs: Sequence[Keys], space: Space, coarse: Coarse | None
+) -> None:
+    """Encodes keys, (n, dim) float32 for each run of consecutive rows, all at once, and hands them to the writer."""
+    keys = runs[0] if len(runs) == 1 else np.concatenate(runs)
     rotated = space.rotate(keys)
     codes = space.encode(rotated)
     lists = np.zeros(len(keys), np.uint32) if coarse is None else coarse.assign(rotated)
-    writer.put(first_row, codes, lists, keys)
-    some = slice(None, MEASURED_ROWS)
+    at = 0
+    for first_row, run in zip(first_rows, runs, strict=True):
+        stop = at + len(run)
+        writer.put(first_row, codes[at:stop], lists[at:stop], run)
+        at = stop
+    some = slice(None, None, max(1, len(keys) // MEASURED_ROWS))
     error = np.square(rotated[some] - space.decode(codes[some])).sum(dtype=np.float64)
     writer.measured(float(error), len(rotated[some]))
 

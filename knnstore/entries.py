@@ -17,7 +17,7 @@ from knnstore.build import (
     StagedSegment,
     begin_store,
     commit_new_store,
-    encode_rows,
+    encode_runs,
     sample_rows,
     save_index,
     train_index,
@@ -202,7 +202,7 @@ class _Intake:
             self._spool.put(self.n_entries, keys)
         else:
             for at in range(0, len(keys), ENCODE_ROWS):
-                encode_rows(draft.codes, row + at, keys[at : at + ENCODE_ROWS], *self._trained)
+                encode_runs(draft.codes, [row + at], [keys[at : at + ENCODE_ROWS]], *self._trained)
         self.n_entries += len(keys)
 
     def _open_draft(self) -> _Draft:
@@ -268,7 +268,7 @@ class _Intake:
             for draft, of_draft in self._spooled():
                 draft.codes = CodesWriter(draft.folder, n_rows=len(of_draft), space=space, keys=self._options.keep_keys)
                 for at in range(0, len(of_draft), ENCODE_ROWS):
-                    encode_rows(draft.codes, at, of_draft[at : at + ENCODE_ROWS], space, coarse)
+                    encode_runs(draft.codes, [at], [of_draft[at : at + ENCODE_ROWS]], space, coarse)
                     stage.advance(len(of_draft[at : at + ENCODE_ROWS]))
         return space, coarse
 

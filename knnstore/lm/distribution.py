@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from knnstore.errors import InvalidArgumentError
 
-__all__ = ["check_lambda", "check_temperature", "knn_gold_log_probs", "knn_log_probs", "log_softmax", "mix", "neighbor_weights"]
+__all__ = ["check_lambda", "check_temperature", "knn_gold_log_probs", "knn_log_probs", "log_softmax", "mix", "mix_gold", "neighbor_weights"]
 
 Array = NDArray[np.float64]
 
@@ -103,6 +103,18 @@ def mix(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lmbda: ArrayLike) -> Array:
     weight = np.where(np.isneginf(knn).all(axis=1), 0.0, weight)[:, None]                # (n, 1)
     with np.errstate(divide="ignore"):
         return np.logaddexp(np.log(weight) + knn, np.log1p(-weight) + lm)
+
+
+def mix_gold(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lambdas: ArrayLike, *, found: NDArray[np.bool_]) -> Array:
+    """log(λ p_kNN + (1 - λ) p_LM) of one token for each query, for each of several λ.
+
+    log_p_lm, log_p_knn: (n,) natural logs. lambdas: (m,). found: (n,) whether a query has neighbours; where not, p = p_LM.
+    Returns (n, m) float64.
+    """
+    lm, knn, weight = (np.asarray(item, np.float64) for item in (log_p_lm, log_p_knn, lambdas))
+    with np.errstate(divide="ignore"):
+        mixed = np.logaddexp(np.log(weight)[None] + knn[:, None], np.log1p(-weight)[None] + lm[:, None])
+    return np.where(found[:, None], mixed, lm[:, None])
 
 
 def log_softmax(logits: Any) -> Array:

@@ -75,8 +75,8 @@ def load_language_model(
 ) -> LanguageModel:
     """Load a decoder-only causal LM, in `eval` mode.
 
-    source: a hub name (`gpt2-medium`), a local folder, a GGUF file, a model in memory, or None for the model that ships
-    with the package. A model in memory is used as it is; it is moved or converted only where device or dtype say so.
+    source: a hub name (`gpt2-medium`), a local folder, a GGUF file, a model in memory, or None (or `default-gpt2`) for the
+    model that ships with the package. A model in memory is used as it is; it is moved or converted only where device or dtype say so.
     tokenizer: one to use in place of the model's own, or the folder or hub name of one.
     revision, token: for the hub, as transformers takes them. cache_dir: where downloads and de-quantized GGUF files are
     kept; None: the hub's and knnstore's own cache folders. device, dtype: see `choose_device` and `choose_dtype`.
@@ -113,19 +113,21 @@ def load_language_model(
 def _in_memory(source: LanguageModel | PreTrainedModel, own: PreTrainedTokenizerBase | None) -> _Loaded:
     if isinstance(source, LanguageModel):
         known = source.checkpoint
-        return _Loaded(
-            model=source.model, tokenizer=own or source.tokenizer, name=known.name, revision=known.revision, identity=known.identity
-        )
-    _refuse_other_kinds(source.config, type(source).__name__)
-    return _Loaded(
-        model=source, tokenizer=own, name=source.name_or_path or type(source).__name__, revision=None, identity=identity_of_module(source)
-    )
+        found = source.tokenizer if own is None else own
+        return _Loaded(model=source.model, tokenizer=found, name=known.name, revision=known.revision, identity=known.identity)
+    name = source.name_or_path or type(source).__name__
+    _refuse_other_kinds(source.config, name)
+    return _Loaded(model=source, tokenizer=own, name=name, revision=None, identity=identity_of_module(source))
 
 
 def _place_in_memory(model: PreTrainedModel, device: str | None, dtype: str | None) -> None:
     target = model.device if device is None else choose_device(device)
     if dtype is not None:
-        model.to(dtype=choose_dtype(dtype, target))  # type: ignore[call-arg]
+        kind = choose_dtype(dtype, target)
+        # Not model.to(dtype): it would round the rotary frequencies too, which transformers keeps in float32 when it loads.
+        for stored in model.state_dict(keep_vars=True).values():
+            if stored.is_floating_point():
+                stored.data = stored.data.to(kind)
     if device is not None:
         model.to(target)  # type: ignore[arg-type]
 
@@ -135,8 +137,8 @@ def _load(
 ) -> _Loaded:
     if source is not None and not isinstance(source, str | Path):
         raise InvalidArgumentError(f"model: a {type(source).__name__} is no hub name, path, PreTrainedModel or LanguageModel.")
-    path = default_model_folder() if source is None else Path(source).expanduser()
     name = DEFAULT_MODEL if source is None else str(source)
+    path = default_model_folder() if name == DEFAULT_MODEL else Path(name).expanduser()
     local = path.exists()
     if local and revision is not None:
         raise InvalidArgumentError(f"revision {revision!r}: {name} is on this machine, and only models on the hub have revisions.")

@@ -1,0 +1,301 @@
+"""documents → tokens → the first half of segments: values and text, without keys yet.
+
+This part of a job is continued at the last segment that was finished, so that the corpus is tokenized once.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knnstore.errors import CorpusError
+from knnstore.lm.corpus import ContentHash, CorpusFile, Document, SkippedDocument, read_documents
+from knnstore.lm.tokens import DocumentTokenizer
+from knnstore.progress import Progress, Stage
+from knnstore.storage.files import disk, write_file
+from knnstore.storage.manifest import canonical
+from knnstore.storage.parse import parse_json
+from knnstore.storage.segment import DocumentsWriter
+
+__all__ = ["DraftSegment", "Reading", "read_corpus"]
+
+_DRAFT_FILE = "draft.json"
+_READ_FILE = "read.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSegment:
+    """A segment whose documents are written and whose keys are not. n_documents: records in it (parts count)."""
+
+    folder: Path
+    n_rows: int
+    n_documents: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was read: segments in order, documents taken, those that were there already, those left out and why."""
+
+    segments: tuple[DraftSegment, ...]
+    documents: int
+    repeated: int
+    skipped: tuple[SkippedDocument, ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(segment.n_rows for segment in self.segments)
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """How far the corpus was read. documents_done: wholly written or left out; tokens_done, part: of the document after them."""
+
+    documents_done: int = 0
+    tokens_done: int = 0
+    part: int = 0
+    documents: int = 0
+    repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Consecutive entries of a document: values (n,), their offsets, the text they stand in."""
+
+    values: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    text: str
+    text_start: int
+    last: bool = False
+
+
+def read_corpus(
+    job: Path,
+    files: Iterable[CorpusFile],
+    *,
+    tokenizer: DocumentTokenizer,
+    vocab_size: int,
+    prefix_tokens: int,
+    segment_entries: int,
+    progress: Progress,
+) -> Reading:
+    """Reads and tokenizes a corpus into draft segments under job/segments, or takes up where a killed process left off.
+
+    prefix_tokens: tokens that a later part of a document repeats from before it, so that its first window has its context.
+    Raises CorpusError for a document that cannot be taken, naming it.
+    """
+    if (job / _READ_FILE).exists():
+        return _reading(job, parse_json(job / _READ_FILE))
+    reader = _Reader(
+        job, tokenizer=tokenizer, vocab_size=vocab_size, prefix_tokens=prefix_tokens, segment_entries=segment_entries
+    )
+    with progress.stage("reading and tokenizing", total=None, unit="tokens", done=reader.n_rows) as stage:
+        for document in read_documents(files):
+            reader.take(document, stage)
+        reader.finish()
+    return _reading(job, parse_json(job / _READ_FILE))
+
+
+def _reading(job: Path, fields: dict[str, Any]) -> Reading:
+    return Reading(
+        segments=tuple(DraftSegment(job / "segments" / item["uuid"], item["rows"], item["documents"]) for item in fields["segments"]),
+        documents=fields["documents"],
+        repeated=fields["repeated"],
+        skipped=tuple(SkippedDocument(*item) for item in fields["skipped"]),
+    )
+
+
+class _Reader:
+    def __init__(self, job: Path, *, tokenizer: DocumentTokenizer, vocab_size: int, prefix_tokens: int, segment_entries: int) -> None:
+        self._job, self._tokenizer, self._vocab_size = job, tokenizer, vocab_size
+        self._prefix_tokens, self._segment_entries = prefix_tokens, segment_entries
+        self._segments: list[dict[str, Any]] = []
+        self._skipped: list[list[str]] = []
+        self._cursor = _Cursor()
+        self._resume()
+        self._index = 0  # of the document being read
+        self._hashes: dict[str, bytes] = {}  # some 150 bytes a document: what memory grows with
+        self._draft: DocumentsWriter | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return sum(item["rows"] for item in self._segments)
+
+    def _resume(self) -> None:
+        """Keeps the draft segments that were finished, removes the rest."""
+        folder = self._job / "segments"
+        disk.make_folder(folder)
+        drafts = []
+        for child in folder.iterdir():
+            if (child / _DRAFT_FILE).exists():
+                drafts.append(parse_json(child / _DRAFT_FILE))
+            else:
+                disk.remove_tree(child)
+        for draft in sorted(drafts, key=lambda fields: int(fields["index"])):
+            self._segments.append({"uuid": draft["uuid"], "rows": draft["rows"], "documents": draft["records"]})
+            self._skipped = draft["skipped"]
+            self._cursor = _Cursor(**draft["cursor"])
+
+    def take(self, document: Document, stage: Stage) -> None:
+        """One document, in the corpus's order."""
+        index, self._index = self._index, self._index + 1
+        content = ContentHash()
+        if document.id in self._hashes or index < self._cursor.documents_done:
+            for chunk in document.chunks:
+                content.update(chunk)
+            digest = bytes.fromhex(content.hexdigest())[:16]
+            known = self._hashes.setdefault(document.id, digest)
+            if known != digest:
+                raise CorpusError(
+                    f"{document.source}: a second document with the id {document.id!r} and other content. Ids are unique within a domain: "
+                    "rename one of the two, or leave it out."
+                )
+            if index >= self._cursor.documents_done:
+                self._cursor.repeated += 1
+                self._done(index)
+            return
+        self._write(document, content, stage)
+        self._hashes[document.id] = bytes.fromhex(content.hexdigest())[:16]
+        self._done(index)
+
+    def _done(self, index: int) -> None:
+        cursor = self._cursor
+        cursor.documents_done, cursor.tokens_done, cursor.part = index + 1, 0, 0
+
+    def _write(self, document: Document, content: ContentHash, stage: Stage) -> None:
+        cursor = self._cursor
+        bos = self._tokenizer.bos_id
+        first_value = 0 if bos is not None else 1  # index in the document of the first entry's value
+        passed = 0  # entries of this document so far
+        tail = np.zeros(0, np.int32)  # the tokens before the next entry
+        prefix: tuple[int, ...] = ()
+        for prefix_ids, stretch in self._stretches(document, content):
+            if not len(tail):
+                tail = prefix_ids
+            at = 0
+            n_all = len(stretch.values)
+            if passed < cursor.tokens_done:  # written by the process that was killed
+                at = min(n_all, cursor.tokens_done - passed)
+                tail = np.concatenate((tail, stretch.values[:at]))[-self._prefix_tokens :]
+                passed += at
+            while at < n_all:
+                draft = self._open()
+                if passed == cursor.tokens_done:
+                    prefix = tuple(tail.tolist())
+                n = min(n_all - at, self._segment_entries - draft.n_rows)
+                _add(draft, stretch, at, n)
+                tail = np.concatenate((tail, stretch.values[at : at + n]))[-self._prefix_tokens :]
+                at, passed = at + n, passed + n
+                stage.advance(n)
+                if draft.n_rows == self._segment_entries and not (at == n_all and stretch.last):
+                    self._end_part(document, prefix, first_value + cursor.tokens_done, None, None)
+                    cursor.tokens_done, cursor.part = passed, cursor.part + 1
+                    self._close()
+        if not passed:
+            reason = "empty" if not content.n_chars else "one token, which has nothing before it to predict it from"
+            self._skipped.append([document.id, document.source, reason])
+            return
+        assert passed > cursor.tokens_done, "a document's last part is written with its last entries"
+        self._end_part(document, prefix, first_value + cursor.tokens_done, content.hexdigest(), content.n_chars)
+        cursor.documents += 1
+        if self._draft is not None and self._draft.n_rows == self._segment_entries:
+            self._done(self._index - 1)
+            self._close()
+
+    def _stretches(self, document: Document, content: ContentHash) -> Iterator[tuple[NDArray[np.int32], _Stretch]]:
+        """The entries of a document, each stretch with the tokens before the document's first entry."""
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        prefix = np.array([] if bos is None else [bos], np.int32)
+        held: _Stretch | None = None
+        for piece in self._tokenizer.tokenize(content.through(document.chunks)):
+            skip = 0 if len(prefix) else 1
+            if skip:
+                prefix = piece.ids[:1]
+            text_start = 0 if held is None else held.text_start + len(held.text)
+            stretch = _Stretch(piece.ids[skip:], piece.starts[skip:], piece.ends[skip:], piece.text, text_start)
+            if held is not None and len(held.values):
+                yield prefix, held
+            elif held is not None:  # a piece without an entry of its own: its text goes with the next
+                stretch = _Stretch(stretch.values, stretch.starts, stretch.ends, held.text + stretch.text, held.text_start)
+            held = stretch
+        if held is None:
+            return
+        values, starts, ends = held.values, held.starts, held.ends
+        if eos is not None:
+            end = np.array([content.n_chars], np.int64)
+            values = np.append(values, np.int32(eos))
+            starts, ends = np.concatenate((starts, end)), np.concatenate((ends, end))
+        if len(values):
+            yield prefix, _Stretch(values, starts, ends, held.text, held.text_start, last=True)
+
+    def _open(self) -> DocumentsWriter:
+        if self._draft is None:
+            uuid = uuid4().hex
+            self._draft = DocumentsWriter(self._job / "segments" / uuid, uuid=uuid, vocab_size=self._vocab_size)
+        return self._draft
+
+    def _end_part(
+        self, document: Document, prefix: tuple[int, ...], first_token: int, content_hash: str | None, n_chars: int | None
+    ) -> None:
+        assert self._draft is not None
+        self._draft.end_document(
+            id=document.id,
+            source=document.source,
+            prefix=prefix,
+            metadata=dict(document.metadata),
+            content_hash=content_hash,
+            n_chars=n_chars,
+            part=self._cursor.part,
+            last=content_hash is not None,
+            first_token=first_token,
+        )
+
+    def _close(self) -> None:
+        """Makes the open draft durable: a kill after this loses nothing of it."""
+        draft, self._draft = self._draft, None
+        if draft is None:
+            return
+        draft.finish()
+        cursor = self._cursor
+        fields = {
+            "cursor": {name: getattr(cursor, name) for name in _Cursor.__slots__},
+            "index": len(self._segments),
+            "records": draft.n_documents,
+            "rows": draft.n_rows,
+            "skipped": self._skipped,
+            "uuid": draft.uuid,
+        }
+        _write_json(draft.folder, _DRAFT_FILE, fields)
+        disk.sync_folder(draft.folder.parent)
+        self._segments.append({"uuid": draft.uuid, "rows": draft.n_rows, "documents": draft.n_documents})
+
+    def finish(self) -> None:
+        """The corpus is read."""
+        self._close()
+        fields = {
+            "documents": self._cursor.documents,
+            "repeated": self._cursor.repeated,
+            "segments": self._segments,
+            "skipped": self._skipped,
+        }
+        _write_json(self._job, _READ_FILE, fields)
+
+
+def _add(draft: DocumentsWriter, stretch: _Stretch, at: int, n: int) -> None:
+    """Entries [at, at + n) of a stretch, with the text from the first of them to the one after the last."""
+    stop = at + n
+    text_stop = stretch.text_start + len(stretch.text)
+    begin = stretch.text_start if at == 0 else min(int(stretch.starts[at]), text_stop)
+    end = text_stop if stop == len(stretch.values) else min(int(stretch.starts[stop]), text_stop)
+    text = stretch.text[begin - stretch.text_start : end - stretch.text_start]
+    draft.add(stretch.values[at:stop], starts=stretch.starts[at:stop], ends=stretch.ends[at:stop], text=text, text_start=begin)
+
+
+def _write_json(folder: Path, name: str, fields: dict[str, Any]) -> None:
+    write_file(folder / f"{name}.tmp", canonical(fields))
+    disk.replace(folder / f"{name}.tmp", folder / name)
+    disk.sync_folder(folder)
