@@ -13,7 +13,7 @@ from knnstore.lm.windows import Windows, batches, plan_windows
 from knnstore.storage.arrays import MappedArray
 from knnstore.storage.contexts import ContextsReader
 
-__all__ = ["Embedder", "SegmentTokens"]
+__all__ = ["Embedder", "SegmentTokens", "right_padded"]
 
 # Tokens in one forward pass: enough to fill the arithmetic units, few enough that activations stay in reach.
 TOKENS_PER_BATCH = {"cpu": 4_096, "cuda": 16_384, "mps": 8_192}
@@ -68,7 +68,7 @@ class Embedder:
     def keys(self, tokens: SegmentTokens, windows: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """Keys of each window's entries, (n_entries, dim) float32 each, from one forward pass of the trunk."""
         inputs = [tokens.inputs(int(window)) for window in windows]
-        keys = self.extractor.keys(self._padded(inputs))                    # (b, t, dim)
+        keys = self.extractor.keys(right_padded(inputs, self.model.device))                    # (b, t, dim)
         counts = tokens.windows.n_entries[windows]
         return [
             keys[i, len(ids) - int(n) : len(ids)].float().cpu().numpy() for i, (ids, n) in enumerate(zip(inputs, counts, strict=True))
@@ -76,13 +76,14 @@ class Embedder:
 
     def keys_and_logits(self, tokens: SegmentTokens, window: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Keys (n, dim) and logits (n, vocab), float32, of one window's n entries."""
-        ids = self._padded([tokens.inputs(window)])
+        ids = right_padded([tokens.inputs(window)], self.model.device)
         keys, logits = self.extractor.keys_and_logits(ids, last=int(tokens.windows.n_entries[window]))
         return keys[0].float().cpu().numpy(), logits[0].float().cpu().numpy()
 
-    def _padded(self, inputs: Sequence[NDArray[np.int64]]) -> torch.Tensor:
-        """(b, longest) token ids, padded on the right, where no position before sees it."""
-        ids = np.zeros((len(inputs), max(map(len, inputs))), np.int64)
-        for row, tokens in zip(ids, inputs, strict=True):
-            row[: len(tokens)] = tokens
-        return torch.from_numpy(ids).to(self.model.device)
+
+def right_padded(inputs: Sequence[NDArray[np.int64]], device: torch.device) -> torch.Tensor:
+    """(b, longest) token ids on a device, padded on the right, where no position before sees it."""
+    ids = np.zeros((len(inputs), max(map(len, inputs))), np.int64)
+    for row, tokens in zip(ids, inputs, strict=True):
+        row[: len(tokens)] = tokens
+    return torch.from_numpy(ids).to(device)

@@ -1,0 +1,103 @@
+"""Options that several commands share, and how their values are read."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+__all__ = [
+    "Example",
+    "domain_weights",
+    "json_option",
+    "model_options",
+    "quiet_option",
+    "read_stdin_text",
+    "snapshot_option",
+    "store_option",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_STORE = "store.knn"
+STORE_VARIABLE = "KNNSTORE"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Example(click.Command):
+    """A command whose help ends with an example that works as typed."""
+
+    def __init__(self, *args: Any, example: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Example"):
+            for line in self.example.splitlines():
+                formatter.write(f"{' ' * formatter.current_indent}{line}\n")
+
+
+store_option = click.option(
+    "--store",
+    "-s",
+    metavar="PATH",
+    default=DEFAULT_STORE,
+    envvar=STORE_VARIABLE,
+    show_default=True,
+    show_envvar=True,
+    help="The datastore.",
+)
+snapshot_option = click.option("--at", "snapshot", metavar="SNAPSHOT", type=int, help="An earlier snapshot, by number.  [default: the newest]")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no notes; warnings and errors remain.")
+
+
+def model_options(command: F) -> F:
+    """--model and what goes with loading it."""
+    for option in reversed(
+        (
+            click.option(
+                "--model",
+                "-m",
+                metavar="MODEL",
+                help="A hub name, a local folder or a GGUF file.  [default: for a new datastore the small model that ships with knnstore, "
+                "else the datastore's own]",
+            ),
+            click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a model from the hub."),
+            click.option("--token", metavar="TOKEN", help="Access token for the hub.  [default: that of `hf auth login`, or $HF_TOKEN]"),
+            click.option("--cache-dir", metavar="PATH", help="Where downloaded models are kept.  [default: the hub's cache folder]"),
+            click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.  [default: the best there is]"),
+            click.option("--dtype", type=click.Choice(DTYPES), help="What the model computes in.  [default: auto]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def domain_weights(_ctx: click.Context, _param: click.Parameter, given: Sequence[str]) -> dict[str, float] | None:
+    """`NAME` and `NAME=WEIGHT` as {name: weight}; None where none was given."""
+    weights: dict[str, float] = {}
+    for item in given:
+        name, has_weight, number = item.rpartition("=")
+        try:
+            weight = float(number) if has_weight else 1.0
+        except ValueError:
+            raise click.BadParameter(f"{item!r}: the weight {number!r} is not a number. Write NAME or NAME=WEIGHT.") from None
+        name = name if has_weight else item
+        if not name or name in weights:
+            raise click.BadParameter(f"{item!r}: {'given twice' if name else 'the domain has no name'}. Write each domain once, as NAME=WEIGHT.")
+        weights[name] = weight
+    return weights or None
+
+
+def read_stdin_text(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
+    """The argument itself; for `-` all of standard input as UTF-8, without the newline at its end that shells add."""
+    try:
+        if text != "-":
+            # Bytes of an argument that are not in the locale's encoding come as lone surrogates.
+            return os.fsencode(text).decode("utf-8") if any("\udc80" <= char <= "\udcff" for char in text) else text
+        read = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"not UTF-8: {error.reason} at byte {error.start:,}. Convert the text first.") from None
+    return read.removesuffix("\n").removesuffix("\r")
