@@ -7,7 +7,10 @@ big-endian, so that they sort. In the main database, `first_rows` holds the firs
 
 import hashlib
 import json
+import os
 import struct
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,16 +253,53 @@ class _OpenFrame:
         self.starts, self.ends = self.starts[n:], self.ends[n:]
 
 
+@dataclass(slots=True)
+class _SharedEnvironment:
+    """An LMDB environment and how many readers of this process use it: LMDB does not allow a second one on the same file."""
+
+    key: tuple[int, str]
+    environment: Any
+    databases: tuple[Any, Any, Any]
+    n_users: int
+
+
+_shared: dict[tuple[int, str], _SharedEnvironment] = {}
+_shared_lock = threading.Lock()
+
+
+def _borrow(path: Path) -> _SharedEnvironment:
+    """The environment on a file, opened by its first user in this process. Raises DamageError where LMDB refuses the file."""
+    key = (os.getpid(), str(path.resolve()))  # an environment does not survive a fork
+    with _shared_lock:
+        if key not in _shared:
+            try:
+                environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_dbs=3, create=False)
+                documents, ids, text = (environment.open_db(name, create=False) for name in (b"documents", b"ids", b"text"))
+            except lmdb.Error as error:
+                raise DamageError(f"{path}: LMDB cannot open it: {error}. Run `knnstore verify`.") from error
+            _shared[key] = _SharedEnvironment(key, environment, (documents, ids, text), 0)
+        _shared[key].n_users += 1
+        return _shared[key]
+
+
+def _give_back(shared: _SharedEnvironment) -> None:
+    """Closes the environment with its last user."""
+    with _shared_lock:
+        shared.n_users -= 1
+        if not shared.n_users and shared.key[0] == os.getpid():
+            del _shared[shared.key]
+            shared.environment.close()
+
+
 class ContextsReader:
     """Reads one segment's documents and text. The environment is opened at first use, in the process that uses it."""
 
     def __init__(self, path: Path, *, n_rows: int) -> None:
         self.path, self.n_rows = path, n_rows
-        try:
-            self._env = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_dbs=3, create=False)
-            self._documents, self._ids, self._text = (self._env.open_db(name, create=False) for name in (b"documents", b"ids", b"text"))
-        except lmdb.Error as error:
-            raise DamageError(f"{path}: LMDB cannot open it: {error}. Run `knnstore verify`.") from error
+        self._shared = _borrow(path)
+        self._release = weakref.finalize(self, _give_back, self._shared)
+        self._env = self._shared.environment
+        self._documents, self._ids, self._text = self._shared.databases
         self._zstd = zstandard.ZstdDecompressor()
         self.first_rows = self._read_first_rows()
 
@@ -274,7 +314,8 @@ class ContextsReader:
         return rows
 
     def close(self) -> None:
-        self._env.close()
+        """Gives the file free."""
+        self._release()
 
     def first_row_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The first row of the document each row is in; any shape."""

@@ -294,8 +294,9 @@ def finish_segment(
         files=tuple(files),
     )
     write_file(folder / SEGMENT_FILE, canonical(segment_content_fields(content)))
-    for name in (_CODES, _LISTS, _JOURNAL):
-        disk.remove(folder / name)
+    for child in folder.iterdir():
+        if child.name not in (*names, SEGMENT_FILE):
+            disk.remove(child)  # what only the job needed
     disk.sync_folder(folder)
     return content
 
