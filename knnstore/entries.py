@@ -157,7 +157,7 @@ class _Intake:
         if tokens.shape != (len(keys),) or tokens.dtype.kind not in "iu":
             raise InvalidArgumentError(f"values of shape {tokens.shape} and type {tokens.dtype}: {len(keys)} integers are expected.")
         if sum(document.n_entries for document in documents) != len(keys):
-            raise InvalidArgumentError(f"the documents of a batch have {sum(d.n_entries for d in documents)} entries, its keys {len(keys)}.")
+            raise InvalidArgumentError(f"the documents of a batch have {sum(d.n_entries for d in documents)} entries, it has {len(keys)}.")
         at = 0
         for document in documents:
             if document.n_entries < 1:

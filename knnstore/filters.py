@@ -35,7 +35,9 @@ def domain_weights(segments: Sequence[Segment], domains: Domains | None) -> dict
         return None
     if isinstance(domains, str):
         domains = [domains]
-    weights = {str(name): float(weight) for name, weight in domains.items()} if isinstance(domains, Mapping) else dict.fromkeys(domains, 1.0)
+    if not isinstance(domains, Mapping):
+        domains = dict.fromkeys(domains, 1.0)
+    weights = {str(name): float(weight) for name, weight in domains.items()}
     known = {name for segment in segments for name, _, _ in segment.record.runs}
     for name, weight in weights.items():
         if name not in known:

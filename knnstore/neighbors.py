@@ -64,7 +64,7 @@ class Neighbors:
     @property
     def n_found(self) -> NDArray[np.int64]:
         """How many of the k were found for each key, (n,)."""
-        return np.count_nonzero(self.values >= 0, axis=1).astype(np.int64)
+        return np.asarray(np.count_nonzero(self.values >= 0, axis=1), dtype=np.int64)
 
     def __getitem__(self, query: int) -> "Neighbors":
         """The neighbours of one key, as (1, k) arrays."""

@@ -39,7 +39,13 @@ class HeldOut:
 
 
 def calibrate(
-    segments: Sequence[Segment], tokens: Sequence[SegmentTokens], embedder: Embedder, *, domains: Sequence[str], seed: int, progress: Progress
+    segments: Sequence[Segment],
+    tokens: Sequence[SegmentTokens],
+    embedder: Embedder,
+    *,
+    domains: Sequence[str],
+    seed: int,
+    progress: Progress,
 ) -> Calibration:
     """Fits λ and temperature on windows of the datastore itself, without what stands around them.
 
@@ -110,7 +116,7 @@ def _hold_out(
             stage.advance(len(gold))
             if n >= HELD_OUT_TOKENS:
                 break
-    return HeldOut(*(np.concatenate([part[i] for part in parts]) for i in range(4)))  # type: ignore[arg-type]
+    return HeldOut(*(np.concatenate([part[i] for part in parts]) for i in range(4)))
 
 
 def _choose(tokens: Sequence[SegmentTokens], seed: int) -> list[tuple[int, int]]:

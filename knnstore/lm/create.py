@@ -1,5 +1,6 @@
 """corpus → windows → entries → segments → commit: a datastore from text and a language model."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -27,7 +28,8 @@ from knnstore.build import (
 from knnstore.errors import CorpusError, ExistsError, InvalidArgumentError, ModelError
 from knnstore.format import CONTEXTS_FILE, SEGMENT_ENTRIES, SEGMENT_FILE, VALUES_FILE, Kind
 from knnstore.lm.calibrate import calibrate
-from knnstore.lm.corpus import CorpusInputs, list_inputs
+from knnstore.lm.corpus import CorpusFile, CorpusInputs, list_inputs
+from knnstore.lm.decoding import BLOCK_BYTES
 from knnstore.lm.embed import Embedder, SegmentTokens
 from knnstore.lm.models import LanguageModel, load_language_model
 from knnstore.lm.reading import DraftSegment, Reading, read_corpus
@@ -108,7 +110,7 @@ def create(
     embedder = Embedder(loaded, key_layer)
     arguments: dict[str, Any] = {
         "command": "create",
-        "inputs": [[file.id, file.source, file.size, file.mtime_ns] for file in inputs],
+        "inputs": [_fingerprint(file) for file in inputs],
         "domain": domain,
         "model": loaded.checkpoint.identity,
         "model_name": loaded.checkpoint.name,
@@ -157,6 +159,18 @@ def create(
             nprobe=DEFAULT_NPROBE,
         )
     return open_store(path)
+
+
+def _fingerprint(file: CorpusFile) -> list[str | int]:
+    """What makes a job's input another one: a file's size and time, the content of a stream."""
+    if file.stream is None:
+        return [file.id, file.source, file.size, file.mtime_ns]
+    digest = hashlib.sha256()
+    file.stream.seek(0)
+    while block := file.stream.read(BLOCK_BYTES):
+        digest.update(block)
+    file.stream.seek(0)
+    return [file.id, file.source, file.size, digest.hexdigest()]
 
 
 def _dtype_name(model: LanguageModel) -> str:
@@ -208,7 +222,10 @@ class _Creation:
             progress=self.progress,
         )
         for file in inputs:
-            if file.path is not None and (status := file.path.stat()) and (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            if file.path is None:
+                continue
+            status = file.path.stat()
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise CorpusError(f"{file.source}: the file was changed while it was read. Run the command again.")
         for skipped in reading.skipped:
             self.progress.note(f"{skipped.source}: left out ({skipped.reason})")
@@ -267,12 +284,14 @@ class _Creation:
         """Keys of the sample, (n, dim) float32, mapped; they are spilled to the job's folder and not computed again."""
         folder = self.job / "sample"
         disk.make_folder(folder)
-        with CodesWriter(folder, n_rows=sample.n, space=raw_space(dim), keys=None) as writer:
-            with self.progress.stage("embedding a sample", total=sample.n, unit="tokens", done=int(writer.done.sum())) as stage:
-                for of_segment, windows, starts in zip(tokens, sample.windows, sample.starts, strict=True):
-                    missing = ~writer.done[starts]
-                    self._embed(of_segment, windows[missing], starts[missing], stage, writer, None, None)
-                writer.save()
+        with (
+            CodesWriter(folder, n_rows=sample.n, space=raw_space(dim), keys=None) as writer,
+            self.progress.stage("embedding a sample", total=sample.n, unit="tokens", done=int(writer.done.sum())) as stage,
+        ):
+            for of_segment, windows, starts in zip(tokens, sample.windows, sample.starts, strict=True):
+                missing = ~writer.done[starts]
+                self._embed(of_segment, windows[missing], starts[missing], stage, writer, None, None)
+            writer.save()
         return map_file(folder / "codes.tmp").view("<f4").reshape(sample.n, dim)
 
     def encode(self, reading: Reading, space: Space, coarse: Coarse | None) -> None:

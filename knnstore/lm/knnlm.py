@@ -218,7 +218,7 @@ class KnnLM:
 
     def _checked(self, ids: NDArray[Any]) -> NDArray[np.int64]:
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-            raise InvalidArgumentError(f"a context of shape {ids.shape} and type {ids.dtype}: give text, or a row of one or more token ids.")
+            raise InvalidArgumentError(f"a context of shape {ids.shape} and type {ids.dtype}: give text, or a row of token ids.")
         if int(ids.min()) < 0 or int(ids.max()) >= self.language_model.vocab_size:
             raise InvalidArgumentError(f"token ids {ids.min()} to {ids.max()}: the vocabulary has {self.language_model.vocab_size}.")
         return ids[-self.context :].astype(np.int64)
@@ -230,7 +230,7 @@ class KnnLM:
         logits = np.empty((len(inputs), self.language_model.vocab_size), np.float32)
         for length in np.unique(lengths).tolist():
             rows = np.flatnonzero(lengths == length)
-            batch = right_padded([inputs[row] for row in rows], self.model.device)
+            batch = right_padded([inputs[row] for row in rows.tolist()], self.model.device)
             found_keys, found_logits = self.extractor.keys_and_logits(batch, last=1)
             keys[rows] = found_keys[:, 0].float().cpu().numpy()
             logits[rows] = found_logits[:, 0].float().cpu().numpy()

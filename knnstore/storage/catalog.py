@@ -115,8 +115,8 @@ def identity_bytes(store_uuid: str) -> bytes:
 
 def lay_foundation(store: StoreFolder) -> str:
     """Makes the folders and the identity of a new store; where that was begun before, takes it up. Returns the store's uuid."""
-    for folder in (store.path, store.manifests, store.path / SPACES, store.path / COARSE, store.path / SEGMENTS, store.path / TAGS, store.staging):
-        disk.make_folder(folder)
+    for name in (MANIFESTS, SPACES, COARSE, SEGMENTS, TAGS, STAGING):
+        disk.make_folder(store.path / name)
     if store.identity.exists():
         with contextlib.suppress(DamageError):
             return read_identity(store)

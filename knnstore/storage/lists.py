@@ -6,6 +6,7 @@ entries it has, where it begins, and the xxh3-64 of its bytes, which is compared
 """
 
 import ctypes
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def write_lists(
         for first, stop in _groups(sizes):
             rows = np.arange(begins[first], begins[stop]) if order is None else order[begins[first] : begins[stop]]
             blocks, labels, at = _lay_out(space, codes, values, rows, sizes[first:stop])
-            for number, (lo, hi) in enumerate(zip(at[:-1], at[1:], strict=True), start=first):
+            for number, (lo, hi) in enumerate(pairwise(at), start=first):
                 body, tail = blocks[lo * width : hi * width], labels[lo:hi]
                 digest = xxhash.xxh3_64(body)
                 digest.update(tail)
@@ -116,7 +117,7 @@ def _groups(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
             total = 0
         total += size
     cuts.append(len(sizes))
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def _lay_out(
