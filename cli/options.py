@@ -3,19 +3,22 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 __all__ = [
-    "Example",
+    "ExampleCommand",
     "domain_weights",
     "json_option",
+    "loading",
     "model_options",
     "quiet_option",
-    "read_stdin_text",
+    "read_text",
     "snapshot_option",
     "store_option",
+    "write_example",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,7 +28,7 @@ STORE_VARIABLE = "KNNSTORE"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Example(click.Command):
+class ExampleCommand(click.Command):
     """A command whose help ends with an example that works as typed."""
 
     def __init__(self, *args: Any, example: str, **settings: Any) -> None:
@@ -33,9 +36,14 @@ class Example(click.Command):
         self.example = example
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Example"):
-            for line in self.example.splitlines():
-                formatter.write(f"{' ' * formatter.current_indent}{line}\n")
+        write_example(formatter, self.example)
+
+
+def write_example(formatter: click.HelpFormatter, example: str) -> None:
+    """The example at the end of a help page, its lines as they are."""
+    with formatter.section("Example"):
+        for line in example.splitlines():
+            formatter.write(f"{' ' * formatter.current_indent}{line}\n")
 
 
 store_option = click.option(
@@ -48,31 +56,35 @@ store_option = click.option(
     show_envvar=True,
     help="The datastore.",
 )
-snapshot_option = click.option("--at", "snapshot", metavar="SNAPSHOT", type=int, help="An earlier snapshot, by number.  [default: the newest]")
+snapshot_option = click.option(
+    "--at", "snapshot", metavar="SNAPSHOT", type=int, help="An earlier snapshot, by number.  [default: the newest]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no notes; warnings and errors remain.")
 
 
-def model_options(command: F) -> F:
-    """--model and what goes with loading it."""
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                "-m",
-                metavar="MODEL",
-                help="A hub name, a local folder or a GGUF file.  [default: for a new datastore the small model that ships with knnstore, "
-                "else the datastore's own]",
-            ),
-            click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a model from the hub."),
-            click.option("--token", metavar="TOKEN", help="Access token for the hub.  [default: that of `hf auth login`, or $HF_TOKEN]"),
-            click.option("--cache-dir", metavar="PATH", help="Where downloaded models are kept.  [default: the hub's cache folder]"),
-            click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.  [default: the best there is]"),
-            click.option("--dtype", type=click.Choice(DTYPES), help="What the model computes in.  [default: auto]"),
-        )
-    ):
-        command = option(command)
-    return command
+def model_options(*, model: str, dtype: str) -> Callable[[F], F]:
+    """--model and what goes with loading it. model, dtype: what their defaults are, in words."""
+    options = (
+        click.option("--model", "-m", metavar="MODEL", help=f"A hub name, a local folder or a GGUF file.  [default: {model}]"),
+        click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a model from the hub."),
+        click.option("--token", metavar="TOKEN", help="Access token for the hub.  [default: that of `hf auth login`, or $HF_TOKEN]"),
+        click.option("--cache-dir", metavar="PATH", help="Where downloaded models are kept.  [default: the hub's cache folder]"),
+        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.  [default: the best there is]"),
+        click.option("--dtype", type=click.Choice(DTYPES), help=f"What the model computes in.  [default: {dtype}]"),
+    )
+
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def loading(model: str | None) -> str | None:
+    """What progress calls the loading of a model; None where it may be downloaded, which draws bars of its own."""
+    return "loading the model" if model is None or Path(model).exists() else None
 
 
 def domain_weights(_ctx: click.Context, _param: click.Parameter, given: Sequence[str]) -> dict[str, float] | None:
@@ -86,12 +98,14 @@ def domain_weights(_ctx: click.Context, _param: click.Parameter, given: Sequence
             raise click.BadParameter(f"{item!r}: the weight {number!r} is not a number. Write NAME or NAME=WEIGHT.") from None
         name = name if has_weight else item
         if not name or name in weights:
-            raise click.BadParameter(f"{item!r}: {'given twice' if name else 'the domain has no name'}. Write each domain once, as NAME=WEIGHT.")
+            raise click.BadParameter(
+                f"{item!r}: {'given twice' if name else 'the domain has no name'}. Write each domain once, as NAME=WEIGHT."
+            )
         weights[name] = weight
     return weights or None
 
 
-def read_stdin_text(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
+def read_text(_ctx: click.Context, _param: click.Parameter, text: str) -> str:
     """The argument itself; for `-` all of standard input as UTF-8, without the newline at its end that shells add."""
     try:
         if text != "-":

@@ -1,6 +1,7 @@
 """What holds for every command: errors and warnings as one line on stderr, exit codes, signals, a reader that went away."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -54,8 +55,6 @@ def watched(ctx: click.Context) -> Iterator[None]:
                 sys.stdout.flush()  # here, where a full disk can still be reported
     except click.exceptions.Exit:
         raise
-    except click.exceptions.NoArgsIsHelpError:
-        raise
     except click.UsageError as error:
         raise _usage(error, ctx) from error
     except KnnstoreError as error:
@@ -94,7 +93,8 @@ def _debugging() -> bool:
 def _system_message(error: OSError) -> str:
     """What the operating system said, and of which file."""
     what = error.strerror or str(error) or type(error).__name__
-    return f"{what}." if error.filename is None else f"{error.filename}: {what}."
+    advice = " Free some space, or write elsewhere." if error.errno == errno.ENOSPC else ""
+    return f"{error.filename or 'input or output failed'}: {what}.{advice}"
 
 
 def _unexpected(error: Exception) -> str:

@@ -48,13 +48,13 @@ def counted(n: int, thing: str, things: str | None = None) -> str:
 
 def shown_bytes(n: float) -> str:
     """A size in decimal units, three digits: `87.2 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 999.5:
-            break
+    if n < 1000:
+        return counted(int(n), "byte")
+    for unit in ("kB", "MB", "GB"):
         n /= 1000
-    else:
-        unit = "TB"
-    return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.1f} {unit}"
+        if n < 999.5:
+            return f"{n:.0f} {unit}" if n >= 99.95 else f"{n:.1f} {unit}"
+    return f"{n / 1000:,.1f} TB"
 
 
 def shown_duration(seconds: float) -> str:

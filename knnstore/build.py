@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import ExistsError, InvalidArgumentError, NotFoundError
-from knnstore.format import CODECS_BY_NAME, SEGMENT_ENTRIES, Codec
+from knnstore.format import COARSE, CODECS_BY_NAME, SEGMENT_ENTRIES, SEGMENTS, SPACES, Codec
 from knnstore.storage.catalog import StoreFolder, commit, file_records, lay_foundation, now
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
@@ -26,7 +26,8 @@ from knnstore.storage.manifest import (
     SegmentRecord,
     SpaceRecord,
 )
-from knnstore.storage.segment import CodesWriter, read_segment_content
+from knnstore.storage.segment import read_segment_content
+from knnstore.storage.segment_writer import CodesWriter
 from knnstore.storage.space import MIN_TRAINING, ROTATIONS, Space, load_space, save_space, train_space
 
 __all__ = ["IndexOptions", "StagedSegment", "sample_rows", "train_index"]
@@ -126,9 +127,7 @@ def load_index(job: Path, dim: int) -> tuple[Space, Coarse | None]:
     return space, coarse
 
 
-def encode_runs(
-    writer: CodesWriter, first_rows: Sequence[int], runs: Sequence[Keys], space: Space, coarse: Coarse | None
-) -> None:
+def encode_runs(writer: CodesWriter, first_rows: Sequence[int], runs: Sequence[Keys], space: Space, coarse: Coarse | None) -> None:
     """Encodes keys, (n, dim) float32 for each run of consecutive rows, all at once, and hands them to the writer."""
     keys = runs[0] if len(runs) == 1 else np.concatenate(runs)
     rotated = space.rotate(keys)
@@ -231,6 +230,16 @@ def begin_store(path: str | Path, arguments: Mapping[str, Any]) -> tuple[StoreFo
             "Type the first command again to finish it, or remove the folder."
         )
     return store, lay_foundation(store), name
+
+
+def take_back(store: StoreFolder, job: Path) -> None:
+    """Moves back to a job what its commit had put in place when it was killed: before the first snapshot, nothing else is there."""
+    if store.current.exists():
+        return
+    for name, back in ((SPACES, job / "index" / "spaces"), (COARSE, job / "index" / "coarse"), (SEGMENTS, job / "segments")):
+        for folder in sorted((store.path / name).iterdir()):
+            disk.make_folder(back)
+            disk.rename(folder, back / folder.name)
 
 
 def _is_foreign(path: Path) -> bool:

@@ -20,6 +20,7 @@ from knnstore.build import (
     encode_runs,
     sample_rows,
     save_index,
+    take_back,
     train_index,
 )
 from knnstore.errors import InvalidArgumentError
@@ -31,7 +32,7 @@ from knnstore.storage.coarse import Coarse
 from knnstore.storage.files import ArrayFile, disk
 from knnstore.storage.jobs import run_job
 from knnstore.storage.manifest import Manifest, Operation
-from knnstore.storage.segment import CodesWriter, DocumentsWriter, finish_segment
+from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
 from knnstore.storage.space import Space
 
 __all__ = ["EntryDocument", "create_from_entries"]
@@ -85,6 +86,7 @@ def create_from_entries(
     arguments = {"command": "create_from_entries", "dim": dim, "checkpoint": asdict(checkpoint), **asdict(options)}
     store, store_uuid, name = begin_store(path, arguments)
     with run_job(store, name, arguments) as job:
+        take_back(store, job)
         for leftover in ("segments", "index", "keys.spool"):
             disk.remove_tree(job / leftover)  # entries cannot be asked for again: such a job begins anew
         trained = None
@@ -136,9 +138,7 @@ class _Draft:
 class _Intake:
     """Takes batches of entries: documents go to segments at once, keys to a spool (or to codes, where there is an index already)."""
 
-    def __init__(
-        self, job: Path, *, dim: int, vocab_size: int, options: IndexOptions, trained: tuple[Space, Coarse | None] | None
-    ) -> None:
+    def __init__(self, job: Path, *, dim: int, vocab_size: int, options: IndexOptions, trained: tuple[Space, Coarse | None] | None) -> None:
         self._job, self._dim, self._vocab_size, self._options, self._trained = job, dim, vocab_size, options, trained
         self._spool = ArrayFile(job / "keys.spool", row_bytes=4 * dim)
         self._drafts: list[_Draft] = []

@@ -161,8 +161,3 @@ def parse_header(raw: bytes, at: str, *, kind: Kind, owner: bytes) -> Header:
 def aligned(offset: int) -> int:
     """The next multiple of 64 at or after offset."""
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def padded(n_entries: int) -> int:
-    """n_entries rounded up to whole blocks of 32."""
-    return -(-n_entries // BLOCK_ENTRIES) * BLOCK_ENTRIES

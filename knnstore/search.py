@@ -19,7 +19,7 @@ from knnstore.storage.lists import labels_of, rows_of, tokens_of
 from knnstore.storage.rows import RangeSet, contains
 from knnstore.storage.segment import Segment
 
-__all__ = ["MAX_K", "Hits", "check_keys", "search"]
+__all__ = ["MAX_K", "Hits", "check_breadth", "check_keys", "search"]
 
 Keys = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -54,6 +54,14 @@ def check_keys(keys: Any, dim: int) -> Keys:
     return array
 
 
+def check_breadth(k: int, nprobe: int) -> None:
+    """Raises InvalidArgumentError unless k is from 1 to MAX_K and nprobe is 1 or more."""
+    if not 1 <= k <= MAX_K:
+        raise InvalidArgumentError(f"k {k}: use 1 to {MAX_K}.")
+    if nprobe < 1:
+        raise InvalidArgumentError(f"nprobe {nprobe}: use 1 or more.")
+
+
 def search(
     segments: Sequence[Segment], allowed: Sequence[RangeSet | None], keys: Keys, *, k: int, nprobe: int, exact: bool = False
 ) -> Hits:
@@ -62,10 +70,7 @@ def search(
     allowed: for each segment the rows that count, None for all. keys: (n, dim) float32, checked. exact: by kept keys.
     Raises InvalidArgumentError for k, nprobe out of range, or exact search where keys were not kept; DamageError.
     """
-    if not 1 <= k <= MAX_K:
-        raise InvalidArgumentError(f"k {k}: use 1 to {MAX_K}.")
-    if nprobe < 1:
-        raise InvalidArgumentError(f"nprobe {nprobe}: use 1 or more.")
+    check_breadth(k, nprobe)
     parts = [(i, segment, rows) for i, (segment, rows) in enumerate(zip(segments, allowed, strict=True)) if rows is None or len(rows)]
     step = EXACT_QUERIES if exact else max(1, RESULT_CELLS // (k * max(1, len(parts))))
     pieces = [_search_piece(parts, keys[at : at + step], k, nprobe, exact) for at in range(0, max(1, len(keys)), step)]
@@ -74,9 +79,7 @@ def search(
     return Hits(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("distances", "values", "segments", "rows")))
 
 
-def _search_piece(
-    parts: Sequence[tuple[int, Segment, RangeSet | None]], keys: Keys, k: int, nprobe: int, exact: bool
-) -> Hits:
+def _search_piece(parts: Sequence[tuple[int, Segment, RangeSet | None]], keys: Keys, k: int, nprobe: int, exact: bool) -> Hits:
     n = len(keys)
     found: list[tuple[int, NDArray[np.float32], Labels]] = []
     rotated: dict[str, Keys] = {}
@@ -127,9 +130,7 @@ def _segment_top(
     return _widen(distances, labels, k)
 
 
-def _faiss_top(
-    segment: Segment, x: Keys, probe: tuple[Keys, Labels], k: int, rows: RangeSet | None
-) -> tuple[NDArray[np.float32], Labels]:
+def _faiss_top(segment: Segment, x: Keys, probe: tuple[Keys, Labels], k: int, rows: RangeSet | None) -> tuple[NDArray[np.float32], Labels]:
     n = len(x)
     distances, labels = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     parameters = faiss.SearchParametersIVF(nprobe=probe[1].shape[1])

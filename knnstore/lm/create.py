@@ -23,6 +23,7 @@ from knnstore.build import (
     sample_size,
     save_index,
     segment_record,
+    take_back,
     train_index,
 )
 from knnstore.errors import CorpusError, ExistsError, InvalidArgumentError, ModelError
@@ -42,7 +43,8 @@ from knnstore.storage.contexts import ContextsReader
 from knnstore.storage.files import disk
 from knnstore.storage.jobs import run_job
 from knnstore.storage.manifest import Operation, WindowRule
-from knnstore.storage.segment import CodesWriter, Segment, finish_segment
+from knnstore.storage.segment import Segment
+from knnstore.storage.segment_writer import CodesWriter, finish_segment, tidy_segment
 from knnstore.storage.space import Space, raw_space
 from knnstore.store import Datastore, open_store
 
@@ -77,7 +79,7 @@ def create(
     device: str | None = None,
     dtype: str | None = None,
     name: str | None = None,
-    segment_entries: int | None = None,
+    segment_entries: int = SEGMENT_ENTRIES,
     progress: Progress = SILENT,
 ) -> Datastore:
     """Makes a datastore of a corpus: every token becomes an entry, with the model's hidden state before it as its key.
@@ -90,9 +92,7 @@ def create(
     Returns the datastore, open at snapshot 1. Raises ExistsError, NotFoundError, CorpusError, ModelError, InvalidArgumentError,
     StorageError, LockedError.
     """
-    options = IndexOptions(
-        codec=codec, rotation=rotation, keep_keys=keep_keys, seed=seed, segment_entries=segment_entries or SEGMENT_ENTRIES
-    )
+    options = IndexOptions(codec=codec, rotation=rotation, keep_keys=keep_keys, seed=seed, segment_entries=segment_entries)
     if not domain:
         raise InvalidArgumentError("domain: an empty name. Give one, or leave the option out.")
     store = StoreFolder(Path(path))
@@ -114,6 +114,7 @@ def create(
         "domain": domain,
         "model": loaded.checkpoint.identity,
         "model_name": loaded.checkpoint.name,
+        "tokenizer": loaded.checkpoint.tokenizer,
         "dtype": _dtype_name(loaded),
         "key_layer": embedder.extractor.key.layer,
         "eos": eos,
@@ -122,6 +123,7 @@ def create(
     }
     store, store_uuid, job_name = begin_store(path, arguments)
     with run_job(store, job_name, arguments) as job:
+        take_back(store, job)
         work = _Creation(job, DocumentTokenizer(loaded.tokenizer, eos=eos), embedder, windows, options, progress)
         reading = work.read(inputs)
         space, coarse = work.index(reading)
@@ -173,6 +175,16 @@ def _fingerprint(file: CorpusFile) -> list[str | int]:
     return [file.id, file.source, file.size, digest.hexdigest()]
 
 
+def _is_unchanged(file: CorpusFile) -> bool:
+    if file.path is None:
+        return True
+    try:
+        status = file.path.stat()
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns)
+
+
 def _dtype_name(model: LanguageModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
@@ -182,11 +194,13 @@ def _window_rule(model: LanguageModel, context: int | None, stride: int | None) 
     longest = model.max_positions
     if context is None:
         context = min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+    if stride is None:
+        stride = max(1, context // 2)
     if longest is not None and context > longest:
         raise InvalidArgumentError(f"context {context}: {model.checkpoint.name} takes {longest} tokens at most.")
-    if context < 2 or not 1 <= (stride or 1) <= context:
+    if context < 2 or not 1 <= stride <= context:
         raise InvalidArgumentError(f"context {context}, stride {stride}: use a context of 2 or more and a stride from 1 to it.")
-    return WindowRule(context=context, stride=stride or max(1, context // 2))
+    return WindowRule(context=context, stride=stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +236,7 @@ class _Creation:
             progress=self.progress,
         )
         for file in inputs:
-            if file.path is None:
-                continue
-            status = file.path.stat()
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            if not _is_unchanged(file):
                 raise CorpusError(f"{file.source}: the file was changed while it was read. Run the command again.")
         for skipped in reading.skipped:
             self.progress.note(f"{skipped.source}: left out ({skipped.reason})")
@@ -304,7 +315,9 @@ class _Creation:
             finished = sum(draft.n_rows for draft in reading.segments if (draft.folder / SEGMENT_FILE).exists())
             with self.progress.stage("embedding", total=reading.entries, unit="tokens", done=finished) as stage:
                 for i, draft in enumerate(reading.segments):
-                    if not (draft.folder / SEGMENT_FILE).exists():
+                    if (draft.folder / SEGMENT_FILE).exists():
+                        tidy_segment(draft.folder)
+                    else:
                         self._encode_segment(draft, tokens[i], sample.windows[i], sample.starts[i], sampled, space, coarse, stage)
 
     def _encode_segment(

@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 def check_temperature(temperature: float) -> float:
     """A temperature as a float. Raises InvalidArgumentError unless it is finite and over 0."""
-    value = float(temperature)
+    value = _number(temperature)
     if not (np.isfinite(value) and value > 0):
         raise InvalidArgumentError(f"temperature {temperature}: use a number over 0, in units of squared distance.")
     return value
@@ -26,10 +26,17 @@ def check_temperature(temperature: float) -> float:
 
 def check_lambda(lmbda: float) -> float:
     """λ as a float. Raises InvalidArgumentError unless it is from 0 to 1."""
-    value = float(lmbda)
+    value = _number(lmbda)
     if not 0.0 <= value <= 1.0:
         raise InvalidArgumentError(f"lambda {lmbda}: use a number from 0 (the LM alone) to 1 (the neighbours alone).")
     return value
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # what is no number is refused by the caller
+    except (TypeError, ValueError):
+        return np.nan
 
 
 def neighbor_weights(
@@ -42,11 +49,15 @@ def neighbor_weights(
     """
     temperature = check_temperature(temperature)
     found = values >= 0
-    scores = np.where(found, -distances.astype(np.float64) / temperature, -np.inf)      # (n, k)
+    known = np.where(found, distances, np.inf).astype(np.float64)
+    nearest = known.min(axis=1, keepdims=True, initial=np.inf)
+    # Counted from the nearest, since a small temperature may make all of them infinite.
+    with np.errstate(over="ignore"):
+        scores = -(known - np.where(np.isfinite(nearest), nearest, 0.0)) / temperature   # (n, k)
     if log_weights is not None:
         scores += log_weights
     top = scores.max(axis=1, keepdims=True, initial=-np.inf)
-    weights = np.where(found, np.exp(scores - np.where(np.isfinite(top), top, 0.0)), 0.0)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
     total = weights.sum(axis=1, keepdims=True)
     return weights / np.where(total > 0.0, total, 1.0)
 
@@ -97,7 +108,9 @@ def mix(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lmbda: ArrayLike) -> Array:
     has no neighbours: its λ is 0. Returns (n, vocab) float64. Raises InvalidArgumentError for a λ outside 0 to 1.
     """
     lm, knn = np.asarray(log_p_lm, np.float64), np.asarray(log_p_knn, np.float64)
-    weight = np.broadcast_to(np.asarray(lmbda, np.float64), lm.shape[:1])
+    weight = np.asarray(lmbda, np.float64)
+    if weight.ndim and weight.shape != lm.shape[:1]:
+        raise InvalidArgumentError(f"lambda of shape {weight.shape}: give one number, or one for each of the {len(lm)} rows.")
     if weight.size and not (0.0 <= float(weight.min()) <= float(weight.max()) <= 1.0):
         raise InvalidArgumentError(f"lambda {float(weight.min())} to {float(weight.max())}: use numbers from 0 to 1.")
     weight = np.where(np.isneginf(knn).all(axis=1), 0.0, weight)[:, None]                # (n, 1)

@@ -66,7 +66,7 @@ class KeyExtractor:
         padding on the right it may be left out, since no position sees the ones after it.
         Returns (batch, length, dim) in the model's dtype. Raises ModelError for a key that is not finite.
         """
-        keys = _trunk_keys(self.model, self._module, input_ids, attention_mask)   # (b, t, dim)
+        keys = _trunk_keys(self.model, self._module, input_ids, attention_mask)  # (b, t, dim)
         check_finite(keys, layer=self.key.layer, attention_mask=attention_mask)
         return keys
 
@@ -84,9 +84,9 @@ class KeyExtractor:
         seen = last if self.key.layer == FINAL and self._takes_logits_to_keep else length
         with torch.inference_mode(), _captured(self._module, stop=False) as taken:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments)
-        keys = keys_by_position(taken[-1], batch=input_ids.shape[0], length=seen)[:, -last:]       # (b, last, dim)
+        keys = keys_by_position(taken[-1], batch=input_ids.shape[0], length=seen)[:, -last:]  # (b, last, dim)
         check_finite(keys, layer=self.key.layer, attention_mask=None if attention_mask is None else attention_mask[:, -last:])
-        return keys, output.logits[:, -last:].float()                                              # (b, last, vocab)
+        return keys, output.logits[:, -last:].float()  # (b, last, vocab)
 
 
 def key_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,6 +18,7 @@ from knnstore.lm.keys import KeyExtractor
 from knnstore.lm.models import DEFAULT_MODEL, LanguageModel, load_language_model
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.neighbors import Neighbors
+from knnstore.search import check_breadth
 from knnstore.store import Datastore, open_store
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class KnnLM:
     ) -> Self:
         """The datastore with its model: the one the manifest names, or the one given if it is the same checkpoint.
 
-        k, nprobe, lmbda, temperature: None for the calibration's. dtype: None for what the keys were computed in.
+        k, nprobe, lmbda, temperature: None for the calibration's. dtype: None for what the keys were computed in, or what a model in
+        memory has.
         Raises CheckpointMismatchError for another checkpoint (unless allowed, which warns), InvalidArgumentError for settings out
         of range or missing, NotFoundError, ModelError, DamageError.
         """
@@ -126,8 +128,10 @@ class KnnLM:
         if model is None:
             model = None if built.name == DEFAULT_MODEL else built.name
             revision = revision or built.revision
+        if dtype is None and (model is None or isinstance(model, str | Path)):
+            dtype = computed  # a model in memory is the caller's: it stays as it is
         loaded = load_language_model(
-            model, tokenizer=tokenizer, revision=revision, token=token, cache_dir=cache_dir, device=device, dtype=dtype or computed
+            model, tokenizer=tokenizer, revision=revision, token=token, cache_dir=cache_dir, device=device, dtype=dtype
         )
         check_same_checkpoint(built, loaded.checkpoint, at=str(store.path), allow_model_mismatch=allow_model_mismatch)
         extractor = KeyExtractor(loaded.model, store.manifest.key.layer)
@@ -248,21 +252,31 @@ def _settings(
     exclude: Iterable[str | filters.RowRange] | None,
     exact: bool,
 ) -> Settings:
-    """What is None comes from the calibration; T = 1 is measured to do harm, so there is no constant to fall back to."""
-    manifest = store.manifest
-    calibration = manifest.calibration
-    if calibration is None and (lmbda is None or temperature is None):
-        raise InvalidArgumentError(f"{store.path}: it has no calibration, so λ and temperature must be given (lmbda=, temperature=).")
-    if calibration is not None and calibration.status == "stale":
-        warnings.warn(f"{store.path}: it changed after λ and temperature were fitted; they may not fit it any more.", stacklevel=3)
-    if isinstance(domains, Mapping):
-        domains = dict(domains)
+    """What is None comes from the calibration; T = 1 is measured to do harm, so there is no constant to fall back to.
+
+    What can be checked is checked here: a model may take long to load.
+    """
+    calibration = store.manifest.calibration
+    if lmbda is None or temperature is None:
+        if calibration is None:
+            raise InvalidArgumentError(f"{store.path}: it has no calibration, so λ and temperature must be given (lmbda=, temperature=).")
+        if calibration.status == "stale":
+            warnings.warn(f"{store.path}: it changed after λ and temperature were fitted; they may not fit it any more.", stacklevel=3)
+        lmbda = calibration.lmbda if lmbda is None else lmbda
+        temperature = calibration.temperature if temperature is None else temperature
+    defaults = calibration or store.manifest
+    k, nprobe = defaults.k if k is None else k, defaults.nprobe if nprobe is None else nprobe
+    check_breadth(k, nprobe)
+    filters.domain_weights(store.segments, domains)
+    if exact:
+        for segment in store.segments:
+            segment.check_exact()
     return Settings(
-        k=k if k is not None else calibration.k if calibration is not None else manifest.k,
-        nprobe=nprobe if nprobe is not None else calibration.nprobe if calibration is not None else manifest.nprobe,
-        lmbda=check_lambda(lmbda if lmbda is not None else calibration.lmbda if calibration is not None else 0.0),
-        temperature=check_temperature(temperature if temperature is not None else calibration.temperature if calibration else 0.0),
-        domains=domains,
+        k=k,
+        nprobe=nprobe,
+        lmbda=check_lambda(lmbda),
+        temperature=check_temperature(temperature),
+        domains=dict(domains) if isinstance(domains, Mapping) else domains,
         exclude=tuple(exclude or ()),
         exact=exact,
     )

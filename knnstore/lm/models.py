@@ -253,7 +253,7 @@ def _causal_vocab_size(model: PreTrainedModel, name: str) -> int:
     tokens = torch.tensor([[0, 1, 1], [0, 1, 0]], device=model.device)
     failure = _as_model_error(f"{name}: {type(model).__name__} does not run as a causal LM", "Give one with an LM head.")
     with failure, torch.inference_mode():
-        logits = model(input_ids=tokens, use_cache=False).logits.float()          # (2, 3, vocab)
+        logits = model(input_ids=tokens, use_cache=False).logits.float()  # (2, 3, vocab)
     first, second = logits[:, :2]
     if not bool(torch.isfinite(first).all()):
         return int(logits.shape[-1])

@@ -4,7 +4,7 @@ This part of a job is continued at the last segment that was finished, so that t
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,9 +17,9 @@ from knnstore.lm.corpus import ContentHash, CorpusFile, Document, SkippedDocumen
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import Progress, Stage
 from knnstore.storage.files import disk, write_file
-from knnstore.storage.manifest import canonical
+from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
-from knnstore.storage.segment import DocumentsWriter
+from knnstore.storage.segment_writer import DocumentsWriter
 
 __all__ = ["DraftSegment", "Reading", "read_corpus"]
 
@@ -161,6 +161,8 @@ class _Reader:
         self._write(document, content, stage)
         self._hashes[document.id] = bytes.fromhex(content.hexdigest())[:16]
         self._done(index)
+        if self._draft is not None and self._draft.n_rows == self._segment_entries:
+            self._close()
 
     def _done(self, index: int) -> None:
         cursor = self._cursor
@@ -202,9 +204,6 @@ class _Reader:
         assert passed > cursor.tokens_done, "a document's last part is written with its last entries"
         self._end_part(document, prefix, first_value + cursor.tokens_done, content.hexdigest(), content.n_chars)
         cursor.documents += 1
-        if self._draft is not None and self._draft.n_rows == self._segment_entries:
-            self._done(self._index - 1)
-            self._close()
 
     def _stretches(self, document: Document, content: ContentHash) -> Iterator[tuple[NDArray[np.int32], _Stretch]]:
         """The entries of a document, each stretch with the tokens before the document's first entry."""
@@ -217,10 +216,13 @@ class _Reader:
                 prefix = piece.ids[:1]
             text_start = 0 if held is None else held.text_start + len(held.text)
             stretch = _Stretch(piece.ids[skip:], piece.starts[skip:], piece.ends[skip:], piece.text, text_start)
-            if held is not None and len(held.values):
+            if held is not None and not (len(held.values) and len(stretch.values)):
+                # A piece without an entry of its own: its text goes with the next, or the one before.
+                full = stretch if len(stretch.values) else held
+                held = replace(full, text=held.text + stretch.text, text_start=held.text_start)
+                continue
+            if held is not None:
                 yield prefix, held
-            elif held is not None:  # a piece without an entry of its own: its text goes with the next
-                stretch = _Stretch(stretch.values, stretch.starts, stretch.ends, held.text + stretch.text, held.text_start)
             held = stretch
         if held is None:
             return
@@ -290,7 +292,8 @@ def _add(draft: DocumentsWriter, stretch: _Stretch, at: int, n: int) -> None:
     stop = at + n
     text_stop = stretch.text_start + len(stretch.text)
     begin = stretch.text_start if at == 0 else min(int(stretch.starts[at]), text_stop)
-    end = text_stop if stop == len(stretch.values) else min(int(stretch.starts[stop]), text_stop)
+    # Where tokens share a character, it belongs to both sides.
+    end = text_stop if stop == len(stretch.values) else min(max(int(stretch.starts[stop]), int(stretch.ends[stop - 1])), text_stop)
     text = stretch.text[begin - stretch.text_start : end - stretch.text_start]
     draft.add(stretch.values[at:stop], starts=stretch.starts[at:stop], ends=stretch.ends[at:stop], text=text, text_start=begin)
 

@@ -27,9 +27,11 @@ from knnstore.format import (
     STAGING,
     STORE_FILE,
     TAGS,
+    WRITER_FEATURES,
 )
 from knnstore.storage.files import disk, hold_lock, sha256_file, write_file
-from knnstore.storage.manifest import FileRecord, Manifest, canonical, parse_manifest
+from knnstore.storage.manifest import FileRecord, Manifest
+from knnstore.storage.manifest_json import canonical, manifest_bytes, parse_manifest
 from knnstore.storage.parse import parse_hex, parse_json_bytes, parse_object, parse_size, read_small
 
 __all__ = [
@@ -206,15 +208,15 @@ def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Mani
     """
     read_identity(store)
     for _ in range(_TRIES):
-        number, sha256 = (snapshot, None) if snapshot is not None else read_current(store)
+        number, sha256 = _find_manifest(store, snapshot)
         path = store.manifest(number)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
+            if sha256 is not None and read_current(store) == (number, sha256):
+                raise _lost(store, f"{path}: the file is missing") from error
             if snapshot is not None:
                 read_manifest(store, snapshot)  # says which are kept
-            if read_current(store) == (number, sha256):
-                raise _lost(store, f"{path}: the file is missing") from error
             continue
         except OSError as error:
             raise StorageError(f"{path}: cannot read: {error.strerror}. Check the path and its permissions.") from error
@@ -229,6 +231,19 @@ def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Mani
                 raise _lost(store, str(error).rstrip(".")) from error
         pin.release()
     raise ConflictError(f"{store.path}: snapshots were removed as fast as they could be opened. Try again.")
+
+
+def _find_manifest(store: StoreFolder, snapshot: int | None) -> tuple[int, str | None]:
+    """Number and, where it is known, sha256 of the manifest of a snapshot. One that is named can be opened while CURRENT is damaged."""
+    if snapshot is None:
+        return read_current(store)
+    try:
+        newest, sha256 = read_current(store)
+    except DamageError:
+        return snapshot, None
+    if snapshot > newest:
+        raise NotFoundError(f"{store.path}: no snapshot {snapshot}; the newest is {newest}.")  # or an attempt that was cut off
+    return snapshot, sha256 if snapshot == newest else None
 
 
 def file_records(folder: Path) -> tuple[FileRecord, ...]:
@@ -251,8 +266,12 @@ def commit(
 
     base: the snapshot the work began from (None for a new store). build: (number, parent) → the manifest. staged: (from, to)
     folders whose content is synced already; one that is at its place already stays. Raises ConflictError where another commit
-    came first, StorageError where the disk fails (the store is then as before).
+    came first, FormatError where the base has features unknown here, StorageError where the disk fails (the store is then as before,
+    or, if it failed in the last step, as after).
     """
+    unknown = sorted(set(base.writer_features) - WRITER_FEATURES) if base else []
+    if unknown:
+        raise FormatError(f"{store.path}: changing it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
     with hold_lock(store.lock, purpose="committing to this store", wait=True):
         current = read_current(store) if store.current.exists() else None
         number = current[0] if current else 0
@@ -267,7 +286,7 @@ def commit(
             )
         _place(staged)
         manifest = build(number + 1, current)
-        raw = manifest.to_bytes()
+        raw = manifest_bytes(manifest)
         target = store.manifest(manifest.snapshot)
         temporary = target.with_suffix(".json.tmp")
         write_file(temporary, raw)

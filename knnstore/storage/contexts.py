@@ -79,6 +79,11 @@ def id_hash(document_id: str) -> bytes:
     return hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
+def row_key(row: int) -> bytes:
+    """8 bytes that sort as rows do."""
+    return _ROW.pack(row)
+
+
 def _narrow(numbers: NDArray[np.int64]) -> tuple[int, bytes]:
     width = next(i for i, dtype in enumerate(_WIDTHS) if not len(numbers) or int(numbers.max()) < 1 << 8 * dtype.itemsize)
     return width, numbers.astype(_WIDTHS[width]).tobytes()
@@ -332,8 +337,15 @@ class ContextsReader:
 
     def documents(self) -> Iterator[DocumentRecord]:
         """All records in row order."""
-        for row in self.first_rows.tolist():
-            yield self.document_at(row)
+        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._documents) as cursor:
+            for key, packed in cursor:
+                yield _parse_document(self._decompress(packed, DOCUMENT_RECORD_MAX), _ROW.unpack(bytes(key))[0], str(self.path))
+
+    def id_keys(self) -> Iterator[bytes]:
+        """The keys of the index of ids, ascending: `id_hash` and `row_key` of each document."""
+        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._ids) as cursor:
+            for key in cursor.iternext(keys=True, values=False):
+                yield bytes(key)
 
     def find(self, document_id: str) -> list[DocumentRecord]:
         """The records with this id (several where domains or parts share it), in row order."""
@@ -396,7 +408,11 @@ class ContextsReader:
         lengths = np.frombuffer(raw, length_type, n, at).astype(np.int64)
         gaps = (zigzag >> 1) ^ -(zigzag & 1)
         ends = base + np.cumsum(gaps + lengths)
-        return ends - lengths, ends, raw[stop:].decode("utf-8", "surrogatepass"), base
+        try:
+            text = raw[stop:].decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise DamageError(f"{self.path}: a text frame that is not UTF-8: {error}. Run `knnstore verify`.") from error
+        return ends - lengths, ends, text, base
 
 
 def _parse_document(raw: bytes, first_row: int, at: str) -> DocumentRecord:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from knnstore.errors import DamageError
+from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.files import disk, hold_lock, write_file
-from knnstore.storage.manifest import canonical
+from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 
 __all__ = ["JOB_FILE", "job_name", "other_jobs", "run_job"]
@@ -41,6 +41,7 @@ def other_jobs(store: StoreFolder, name: str) -> list[tuple[str, dict[str, Any]]
 def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iterator[Path]:
     """The job's folder, locked while in use. It stays after an error, to be continued, and is removed after success.
 
+    After an InvalidArgumentError it is removed too: the same arguments and inputs would fail again, and others are another job.
     Raises LockedError where another process is at the same job.
     """
     folder = store.staging / name
@@ -50,7 +51,11 @@ def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iter
             write_file(folder / f"{JOB_FILE}.tmp", canonical(dict(arguments)))
             disk.replace(folder / f"{JOB_FILE}.tmp", folder / JOB_FILE)
             disk.sync_folder(folder)
-        yield folder
+        try:
+            yield folder
+        except InvalidArgumentError:
+            disk.remove_tree(folder)
+            raise
         disk.remove_tree(folder)
 
 

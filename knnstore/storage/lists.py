@@ -28,7 +28,6 @@ from knnstore.format import (
     Header,
     Kind,
     aligned,
-    padded,
     parse_header,
 )
 from knnstore.storage.arrays import map_file, read_array, write_array
@@ -107,6 +106,11 @@ def write_lists(
     write_array(folder / DIRECTORY_FILE, directory, kind=Kind.DIRECTORY, dtype=DType.U64, owner=owner, codec=space.codec)
 
 
+def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sizes rounded up to whole blocks of 32."""
+    return -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
+
+
 def _groups(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Runs of lists of about 65,536 entries together; a larger list stands alone."""
     cuts = [0]
@@ -124,7 +128,7 @@ def _lay_out(
     space: Space, codes: NDArray[np.uint8], values: NDArray[Any], rows: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint8], Labels, list[int]]:
     """Codes and labels of a group of lists, each list padded: bytes (padded * width,), labels (padded,), bounds of the lists."""
-    capacities = -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
+    capacities = _padded(sizes)
     at = np.concatenate(([0], np.cumsum(capacities)))
     total = int(at[-1])
     shift = np.repeat(at[:-1] - np.concatenate(([0], np.cumsum(sizes)[:-1])), sizes)
@@ -155,17 +159,16 @@ class MappedLists:
         directory = read_array(folder / DIRECTORY_FILE, kind=Kind.DIRECTORY, owner=owner, shape=(nlist, 3))
         self._raw = map_file(self.path, size)
         header = parse_header(self._raw[:HEADER_SIZE].tobytes(), str(self.path), kind=Kind.LISTS, owner=owner)
-        self.sizes = directory[:, 0].astype(np.int64)
+        self.sizes = directory[:, 0].astype(np.int64)  # what is larger than an int64 becomes negative
         self.offsets = directory[:, 1].astype(np.int64)
+        self._capacities = _padded(self.sizes)
         self._checks = directory[:, 2]
-        ends = self.offsets + (-(-self.sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES) * (self._width + 8)
         if (
             (header.rows, header.columns, header.codec) != (n_entries, self._width, space.codec)
+            or ((self.sizes < 0) | (self.sizes > n_entries)).any()
             or int(self.sizes.sum()) != n_entries
-            or (self.sizes < 0).any()
-            or (self.offsets < HEADER_SIZE).any()
-            or (self.offsets % ALIGNMENT).any()
-            or (ends > size).any()
+            or ((self.offsets < HEADER_SIZE) | (self.offsets > size) | (self.offsets % ALIGNMENT != 0)).any()
+            or (self.offsets + self._capacities * (self._width + 8) > size).any()
         ):
             raise DamageError(f"{self.path}: it does not fit its directory. Run `knnstore verify`.")
         self._seen = np.zeros(nlist, dtype=bool)
@@ -188,14 +191,14 @@ class MappedLists:
 
     def _bytes(self, number: int) -> NDArray[np.uint8]:
         begin = int(self.offsets[number])
-        return self._raw[begin : begin + padded(int(self.sizes[number])) * (self._width + 8)]
+        return self._raw[begin : begin + int(self._capacities[number]) * (self._width + 8)]
 
     def entries(self, number: int) -> tuple[NDArray[np.uint8], Labels]:
         """One list's codes as encoded (n, code_size) u8 and labels (n,) int64, checked."""
         self.check(np.array([number]))
         n = int(self.sizes[number])
         raw = self._bytes(number)
-        cut = padded(n) * self._width
+        cut = int(self._capacities[number]) * self._width
         codes = raw[:cut]
         if self._space.codec is Codec.PQ4:
             unpacked = unpack(codes.reshape(-1, block_bytes(self._space.n_sub)), self._space.n_sub)[:n]
@@ -262,7 +265,7 @@ def _fill(lists: Any, sizes: NDArray[np.int64], offsets: NDArray[np.int64]) -> N
     memory = (ctypes.c_uint64 * (3 * len(sizes))).from_address(int(vector.data().this))
     table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
     table[:, 0] = sizes
-    table[:, 1] = -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
+    table[:, 1] = _padded(sizes)
     table[:, 2] = offsets
     last = vector.at(len(sizes) - 1)
     assert (last.size, last.capacity, last.offset) == tuple(table[-1].tolist()), "faiss lays out OnDiskOneList otherwise"

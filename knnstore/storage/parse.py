@@ -1,5 +1,6 @@
 """What is read from disk is checked field by field: each `parse_<kind>` takes a value and its place, or raises DamageError."""
 
+import contextlib
 import json
 import math
 import re
@@ -11,15 +12,18 @@ from knnstore.errors import DamageError
 from knnstore.format import MANIFEST_MAX
 
 __all__ = [
+    "parse_flag",
     "parse_hex",
     "parse_json",
     "parse_json_bytes",
     "parse_list",
+    "parse_mapping",
     "parse_number",
     "parse_object",
     "parse_size",
     "parse_text",
     "parse_word",
+    "read_small",
 ]
 
 
@@ -74,6 +78,13 @@ def parse_object(raw: object, at: str, *, required: Sequence[str], optional: Seq
     return {**dict.fromkeys(optional), **raw}
 
 
+def parse_mapping(raw: object, at: str) -> dict[str, Any]:
+    """An object of any fields."""
+    if not isinstance(raw, dict):
+        _refuse(at, raw, "an object")
+    return raw
+
+
 def parse_list(raw: object, at: str, length: int | None = None) -> list[Any]:
     if not isinstance(raw, list) or (length is not None and len(raw) != length):
         _refuse(at, raw, "a list" if length is None else f"a list of {length}")
@@ -83,6 +94,12 @@ def parse_list(raw: object, at: str, length: int | None = None) -> list[Any]:
 def parse_text(raw: object, at: str) -> str:
     if not isinstance(raw, str):
         _refuse(at, raw, "a string")
+    return raw
+
+
+def parse_flag(raw: object, at: str) -> bool:
+    if not isinstance(raw, bool):
+        _refuse(at, raw, "true or false")
     return raw
 
 
@@ -110,6 +127,10 @@ def parse_size(raw: object, at: str, most: int = (1 << 63) - 1) -> int:
 
 def parse_number(raw: object, at: str) -> float:
     """A finite number."""
-    if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw):
+    number = math.nan
+    if isinstance(raw, int | float) and not isinstance(raw, bool):
+        with contextlib.suppress(OverflowError):  # an integer beyond any float
+            number = float(raw)
+    if not math.isfinite(number):
         _refuse(at, raw, "a finite number")
-    return float(raw)
+    return number

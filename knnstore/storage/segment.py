@@ -1,328 +1,27 @@
-"""Segments: immutable files that hold a run of documents.
-
-Written in three phases, each of which can be continued after a kill: the documents (`DocumentsWriter`), the codes of their
-rows in any order (`CodesWriter`), the lists (`finish_segment`). Read by `Segment`.
-"""
+"""Segments: immutable files that hold a run of documents. Written by `segment_writer`, read by `Segment`."""
 
 import hashlib
-import json
 import os
 import threading
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from knnstore.errors import DamageError, InvalidArgumentError
-from knnstore.format import (
-    CONTEXTS_FILE,
-    DIRECTORY_FILE,
-    HEADER_SIZE,
-    KEYS_FILE,
-    LISTS_FILE,
-    MAX_VOCABULARY,
-    NUMPY_TYPES,
-    SEGMENT_FILE,
-    VALUES_FILE,
-    Codec,
-    DType,
-    Header,
-    Kind,
-    aligned,
-    parse_header,
-)
-from knnstore.storage.arrays import MappedArray, checksums, map_file, to_bfloat16, to_float32
+from knnstore.format import CONTEXTS_FILE, KEYS_FILE, LISTS_FILE, SEGMENT_FILE, VALUES_FILE, Codec, Kind
+from knnstore.storage.arrays import MappedArray, map_file, to_float32
 from knnstore.storage.coarse import Coarse
-from knnstore.storage.contexts import ContextsReader, ContextsWriter, DocumentRecord
-from knnstore.storage.files import ArrayFile, FileWriter, disk, sha256_file, write_file
-from knnstore.storage.lists import MappedLists, write_lists
-from knnstore.storage.manifest import (
-    FileRecord,
-    SegmentContent,
-    SegmentRecord,
-    WindowRule,
-    canonical,
-    parse_segment_content,
-    segment_content_fields,
-)
+from knnstore.storage.contexts import ContextsReader
+from knnstore.storage.lists import MappedLists
+from knnstore.storage.manifest import SegmentContent, SegmentRecord
+from knnstore.storage.manifest_json import parse_segment_content
 from knnstore.storage.parse import parse_json_bytes, read_small
 from knnstore.storage.space import Space
 
-__all__ = ["CodesWriter", "DocumentsWriter", "Segment", "finish_segment", "read_segment_content"]
-
-_KEY_TYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
-_CODES = "codes.tmp"
-_LISTS = "assigned.tmp"
-_JOURNAL = "journal"
-_COPY_ROWS = 65_536
-
-
-class DocumentsWriter:
-    """Phase 1: values.bin and contexts.lmdb, in row order."""
-
-    def __init__(self, folder: Path, *, uuid: str, vocab_size: int) -> None:
-        """Begins anew in the folder. Raises InvalidArgumentError where the vocabulary does not fit a label."""
-        if not 0 < vocab_size <= MAX_VOCABULARY:
-            raise InvalidArgumentError(f"vocab_size {vocab_size}: a label holds 24 bits of token, so at most {MAX_VOCABULARY}.")
-        disk.remove_tree(folder)
-        disk.make_folder(folder)
-        self.folder, self.uuid, self.vocab_size = folder, uuid, vocab_size
-        self._dtype = DType.U16 if vocab_size <= 1 << 16 else DType.U32
-        self._values = FileWriter(folder / VALUES_FILE, header_size=HEADER_SIZE)
-        self._contexts = ContextsWriter(folder / CONTEXTS_FILE)
-        self._first_row = 0
-        self.n_rows = 0
-        self.n_documents = 0
-        self.text = False
-
-    def add(
-        self,
-        values: NDArray[Any],
-        *,
-        starts: NDArray[np.int64] | None = None,
-        ends: NDArray[np.int64] | None = None,
-        text: str = "",
-        text_start: int = 0,
-    ) -> None:
-        """The next entries of the open document: token ids (n,), and where there is text, their character offsets in it."""
-        if len(values) and not 0 <= int(values.min()) <= int(values.max()) < self.vocab_size:
-            raise InvalidArgumentError(f"token ids {values.min()} to {values.max()}: the vocabulary has {self.vocab_size}.")
-        self._values.write(np.ascontiguousarray(values, dtype=NUMPY_TYPES[self._dtype]))
-        if starts is not None and ends is not None:
-            self._contexts.add_tokens(self.n_rows, starts, ends, text, text_start)
-            self.text = True
-        self.n_rows += len(values)
-
-    def end_document(self, **fields: Any) -> None:
-        """Ends the open document; fields: those of `DocumentRecord` but first_row and n_entries."""
-        record = DocumentRecord(first_row=self._first_row, n_entries=self.n_rows - self._first_row, **fields)
-        assert record.n_entries > 0, "a document without entries has no place in a segment"
-        self._contexts.end_document(record)
-        self._first_row = self.n_rows
-        self.n_documents += 1
-
-    def finish(self) -> None:
-        """Makes both files durable."""
-        end = self._values.position
-        self._values.pad_to(aligned(end))
-        body = map_file(self._values.path)[HEADER_SIZE:end]
-        checks = checksums(body)
-        self._values.write(checks)
-        header = Header(
-            kind=Kind.VALUES,
-            dtype=self._dtype,
-            rows=self.n_rows,
-            columns=1,
-            owner=bytes.fromhex(self.uuid),
-            check=xxhash.xxh3_64_intdigest(checks),
-        )
-        self._values.finish(header.pack())
-        self._contexts.finish()
-        disk.sync_folder(self.folder)
-
-    def close(self) -> None:
-        """Gives up what is not finished."""
-        self._values.close()
-        self._contexts.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class CodesWriter:
-    """Phase 2: codes, lists and kept keys of the rows, in any order. `save` makes durable what came before and records it."""
-
-    def __init__(self, folder: Path, *, n_rows: int, space: Space, keys: str | None) -> None:
-        """Continues where a killed process saved last: `done` (n_rows,) bool tells which rows are there."""
-        self.folder, self.space, self.keys = folder, space, keys
-        self.done = np.zeros(n_rows, dtype=bool)
-        self.distortion_sum, self.distortion_count = 0.0, 0
-        self._journal_path = folder / _JOURNAL
-        self._codes = ArrayFile(folder / _CODES, row_bytes=space.code_size)
-        self._lists = ArrayFile(folder / _LISTS, row_bytes=4)
-        self._codes.resize(n_rows)
-        self._lists.resize(n_rows)
-        self._keys: ArrayFile | None = None
-        if keys is not None:
-            self._keys = ArrayFile(folder / KEYS_FILE, row_bytes=space.dim * NUMPY_TYPES[_KEY_TYPES[keys]].itemsize, offset=HEADER_SIZE)
-            self._keys.resize(n_rows)
-        self._unsaved: list[tuple[int, int]] = []
-        self._replay()
-        self._journal = ArrayFile(self._journal_path, row_bytes=1)
-        self._journal.resize(self._journal_size)
-
-    def _replay(self) -> None:
-        """Reads the journal up to its first torn line."""
-        self._journal_size = 0
-        if not self._journal_path.exists():
-            return
-        for line in self._journal_path.read_bytes().splitlines(keepends=True):
-            body = line[17:-1]
-            if not line.endswith(b"\n") or line[:16] != xxhash.xxh3_64_hexdigest(body).encode():
-                break
-            entry = json.loads(body)
-            for first, n in entry["rows"]:
-                self.done[first : first + n] = True
-            self.distortion_sum += entry["distortion"]
-            self.distortion_count += entry["measured"]
-            self._journal_size += len(line)
-        self._saved_sum, self._saved_count = self.distortion_sum, self.distortion_count
-
-    _saved_sum, _saved_count = 0.0, 0
-
-    def put(self, first_row: int, codes: NDArray[np.uint8], lists: NDArray[np.uint32], keys: NDArray[np.float32] | None) -> None:
-        """Consecutive rows: codes (n, code_size) u8, lists (n,) u32, keys (n, dim) float32 where they are kept."""
-        self._codes.put(first_row, codes)
-        self._lists.put(first_row, np.ascontiguousarray(lists, dtype="<u4"))
-        if self._keys is not None and keys is not None:
-            self._keys.put(first_row, stored_keys(keys, self.keys or ""))
-        self.done[first_row : first_row + len(codes)] = True
-        self._unsaved.append((first_row, len(codes)))
-
-    def measured(self, distortion_sum: float, count: int) -> None:
-        """Adds squared distances between keys and their decoded codes: their sum, and how many."""
-        self.distortion_sum += distortion_sum
-        self.distortion_count += count
-
-    def trim(self, n_rows: int) -> None:
-        """Cuts the files to the rows there are, where fewer came than were allowed for."""
-        for file in (self._codes, self._lists, self._keys):
-            if file is not None:
-                file.resize(n_rows)
-
-    def save(self) -> None:
-        """Makes all rows put so far durable. A kill later loses only what comes after."""
-        if not self._unsaved:
-            return
-        for file in (self._codes, self._lists, self._keys):
-            if file is not None:
-                file.sync()
-        entry = {
-            "distortion": self.distortion_sum - self._saved_sum,
-            "measured": self.distortion_count - self._saved_count,
-            "rows": _joined(self._unsaved),
-        }
-        body = json.dumps(entry).encode()
-        line = xxhash.xxh3_64_hexdigest(body).encode() + b" " + body + b"\n"
-        self._journal.put(self._journal_size, np.frombuffer(line, np.uint8))
-        self._journal.sync()
-        self._journal_size += len(line)
-        self._saved_sum, self._saved_count = self.distortion_sum, self.distortion_count
-        self._unsaved = []
-
-    def close(self) -> None:
-        for file in (self._codes, self._lists, self._keys, self._journal):
-            if file is not None:
-                file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-def _joined(runs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    joined: list[list[int]] = []
-    for first, n in sorted(runs):
-        if joined and joined[-1][0] + joined[-1][1] == first:
-            joined[-1][1] += n
-        else:
-            joined.append([first, n])
-    return joined
-
-
-def stored_keys(keys: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    """Keys as they are kept: `f16`, `bf16` or `f32`. Raises InvalidArgumentError where float16 would overflow."""
-    if kind == "bf16":
-        return to_bfloat16(keys)
-    if kind == "f16" and len(keys) and float(np.abs(keys).max()) > np.finfo(np.float16).max:
-        raise InvalidArgumentError(f"a key has {np.abs(keys).max():.0f}, more than float16 holds. Keep keys as bf16 or f32.")
-    return np.ascontiguousarray(keys, dtype=NUMPY_TYPES[_KEY_TYPES[kind]])
-
-
-def finish_segment(
-    folder: Path,
-    *,
-    uuid: str,
-    n_documents: int,
-    text: bool,
-    space: Space,
-    coarse: Coarse | None,
-    keys: str | None,
-    distortion: float,
-    dtype: str | None,
-    windows: WindowRule | None,
-) -> SegmentContent:
-    """Phase 3: the lists from the codes of all rows, then segment.json. Temporary files are removed. Continues after a kill."""
-    owner = bytes.fromhex(uuid)
-    values, values_dtype = _finished_values(folder, owner)
-    n_rows = len(values)
-    nlist = 1 if coarse is None else coarse.nlist
-    codes = _mapped(folder / _CODES, np.dtype("u1")).reshape(n_rows, space.code_size)
-    lists = None if coarse is None else _mapped(folder / _LISTS, np.dtype("<u4"))
-    write_lists(folder, space=space, owner=owner, codes=codes, lists=lists, nlist=nlist, values=values)
-    names = [LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FILE]
-    if keys is not None:
-        _finish_keys(folder / KEYS_FILE, _KEY_TYPES[keys], n_rows, space.dim, owner)
-        names.append(KEYS_FILE)
-    files = []
-    for name in names:
-        size, sha256 = sha256_file(folder / name)
-        files.append(FileRecord(name=name, size=size, sha256=sha256))
-    content = SegmentContent(
-        uuid=uuid,
-        space=space.id,
-        coarse=None if coarse is None else coarse.id,
-        nlist=nlist,
-        entries=n_rows,
-        documents=n_documents,
-        values=values_dtype.name.lower(),
-        keys=keys,
-        text=text,
-        dtype=dtype,
-        windows=windows,
-        distortion=distortion,
-        files=tuple(files),
-    )
-    write_file(folder / SEGMENT_FILE, canonical(segment_content_fields(content)))
-    for child in folder.iterdir():
-        if child.name not in (*names, SEGMENT_FILE):
-            disk.remove(child)  # what only the job needed
-    disk.sync_folder(folder)
-    return content
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    return map_file(path).view(dtype)
-
-
-def _finished_values(folder: Path, owner: bytes) -> tuple[NDArray[Any], DType]:
-    path = folder / VALUES_FILE
-    header = parse_header(map_file(path)[:HEADER_SIZE].tobytes(), str(path), kind=Kind.VALUES, owner=owner)
-    array = MappedArray(path, kind=Kind.VALUES, owner=owner, n_rows=header.rows)
-    return array.rows(0, header.rows)[:, 0], header.dtype
-
-
-def _finish_keys(path: Path, dtype: DType, n_rows: int, dim: int, owner: bytes) -> None:
-    end = HEADER_SIZE + n_rows * dim * NUMPY_TYPES[dtype].itemsize
-    checks = checksums(map_file(path)[HEADER_SIZE:end])
-    with ArrayFile(path, row_bytes=1) as file:
-        file.resize(aligned(end) + checks.nbytes)
-        file.put(aligned(end), checks.view(np.uint8))
-        header = Header(
-            kind=Kind.KEYS, dtype=dtype, rows=n_rows, columns=dim, owner=owner, check=xxhash.xxh3_64_intdigest(checks)
-        )
-        file.put_header(header.pack())
-        file.sync()
+__all__ = ["Segment", "read_segment_content"]
 
 
 def read_segment_content(folder: Path) -> tuple[SegmentContent, str]:
@@ -347,9 +46,7 @@ class Segment:
     def lists(self) -> MappedLists:
         content = self.content
         size = content.size_of(LISTS_FILE)
-        return MappedLists(
-            self.folder, space=self.space, owner=self._owner, nlist=content.nlist, n_entries=content.entries, size=size
-        )
+        return MappedLists(self.folder, space=self.space, owner=self._owner, nlist=content.nlist, n_entries=content.entries, size=size)
 
     @cached_property
     def index(self) -> Any:
@@ -374,14 +71,19 @@ class Segment:
         path = self.folder / KEYS_FILE
         return MappedArray(path, kind=Kind.KEYS, owner=self._owner, n_rows=self.content.entries, size=self.content.size_of(KEYS_FILE))
 
+    def check_exact(self) -> None:
+        """Raises InvalidArgumentError unless exact search can be done."""
+        if self.space.codec is not Codec.RAW and self.content.keys is None:
+            raise InvalidArgumentError(
+                f"segment {self.content.uuid}: its keys were not kept, so exact search cannot be done. Create the store with --keep-keys."
+            )
+
     def exact_keys(self, first: int, stop: int) -> NDArray[np.float32]:
         """Keys of the rows [first, stop) as kept, (n, dim) float32, in the key's own axes. Raises InvalidArgumentError without."""
         if self.space.codec is Codec.RAW:
             return self.space.decode(self.lists.entries(0)[0][first:stop])  # one flat list, in row order
-        if self.keys is None:
-            raise InvalidArgumentError(
-                f"segment {self.content.uuid}: its keys were not kept, so exact search cannot be done. Create the store with --keep-keys."
-            )
+        self.check_exact()
+        assert self.keys is not None, "said by check_exact"
         return to_float32(self.keys.rows(first, stop), self.keys.header.dtype)
 
     @property

@@ -19,6 +19,7 @@ from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.format import CENTROIDS_FILE, CODEC_NAMES, CODECS_BY_NAME, ROTATION_FILE, SPACE_FILE, Codec, DType, Kind
 from knnstore.storage.arrays import read_array, write_array
 from knnstore.storage.files import disk, write_file
+from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json, parse_number, parse_object, parse_size, parse_word
 
 __all__ = ["Space", "load_space", "n_subquantizers", "raw_space", "save_space", "train_space"]
@@ -211,7 +212,7 @@ def save_space(space: Space, folder: Path) -> None:
         "n_training": space.n_training,
         "rotation": space.rotation_kind,
     }
-    write_file(folder / SPACE_FILE, json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
+    write_file(folder / SPACE_FILE, canonical(record))
     disk.sync_folder(folder)
 
 

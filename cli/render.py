@@ -1,0 +1,291 @@
+"""What people read on stdout: tables with colour on a terminal, the same without either where stdout is piped."""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .text import counted, shown_bytes, visible, visible_token
+
+if TYPE_CHECKING:
+    from knnstore.store import DocumentEntry
+
+__all__ = ["print_demo", "print_documents", "print_info", "print_query", "print_snapshots", "print_verification"]
+
+PIPED_WIDTH = 120  # columns, where stdout is no terminal and $COLUMNS does not say
+MIN_CONTEXT = 20  # columns that a neighbour's context keeps, however narrow the terminal
+MAX_GROUP = 44  # columns of one distribution, however wide the terminal
+GAP = 2  # columns between columns
+
+DISTRIBUTIONS = (("p_lm", "p_LM: the model", "blue"), ("p_knn", "p_kNN: the neighbours", "green"), ("p", "p: both", "magenta"))
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class _Page:
+    """Collects what a command shows, then prints it. plain: no styles, so words must say what colours would."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # in an encoding without a sign that is shown, a question mark for it
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        if not self._console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+            self._console.width = PIPED_WIDTH
+        self.width = self._console.width
+        self.plain = self._console.color_system is None
+        self._parts: list[RenderableType] = []
+
+    def add(self, *parts: RenderableType) -> None:
+        self._parts += parts
+
+    def table(self, *, headers: bool = True) -> Table:
+        """A table without borders; on a terminal a rule under its headers."""
+        style = box.SIMPLE_HEAD if headers and not self.plain else None
+        return Table(box=style, show_edge=False, show_header=headers, pad_edge=False, padding=(0, GAP if style is None else GAP - 1, 0, 0))
+
+    def print(self) -> None:
+        if not self.plain:
+            for part in self._parts:
+                self._console.print(part)
+            return
+        with self._console.capture() as captured:
+            for part in self._parts:
+                self._console.print(part)
+        sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+
+
+def print_query(fields: Mapping[str, Any], decode: Decode) -> None:
+    """The three distributions side by side, then the nearest neighbours. fields: as `query --json` prints them."""
+    page = _Page()
+    _add_query(page, fields, decode)
+    page.print()
+
+
+def _add_query(page: _Page, fields: Mapping[str, Any], decode: Decode) -> None:
+    label = "next token after: "
+    page.add(Text.assemble((label, "dim"), (_cut_left(visible(fields["text"]), page.width - len(label)), "bold")))
+    searched = "every key" if fields["exact"] else f"nprobe {fields['nprobe']}"
+    settings = f"snapshot {fields['snapshot']}, k {fields['k']}, {searched}, λ {fields['lambda']:g}, temperature {fields['temperature']:g}"
+    page.add(Text(settings, style="dim"), Text(""), _distributions(page, fields), Text(""))
+    if fields["neighbors"]:
+        page.add(_neighbors(page, fields["neighbors"], decode))
+    else:
+        page.add(Text("no neighbours: nothing that is searched has an entry"))
+
+
+def _distributions(page: _Page, fields: Mapping[str, Any]) -> Table:
+    group = min(MAX_GROUP, (page.width - 2 * GAP - 2) // 3)
+    tokens = [visible_token(item["token"]) for name, _, _ in DISTRIBUTIONS for item in fields[name]]
+    token_width = min(max(map(cell_len, tokens), default=1), max(6, group - 14))
+    bar_width = max(0, group - token_width - 8)
+    most = max((item["p"] for name, _, _ in DISTRIBUTIONS for item in fields[name]), default=0.0) or 1.0
+    table = page.table()
+    columns = []
+    for name, title, color in DISTRIBUTIONS:
+        table.add_column(Text(_cut_right(title, group)), width=group, no_wrap=True)
+        columns.append(
+            [
+                Text.assemble(
+                    _padded(_cut_right(visible_token(item["token"]), token_width), token_width),
+                    f" {item['p']:.4f} ",
+                    (_bar(item["p"] / most, bar_width, plain=page.plain), color),
+                )
+                for item in fields[name]
+            ]
+        )
+    for row in range(max(map(len, columns))):
+        table.add_row(*(column[row] if row < len(column) else Text("") for column in columns))
+    return table
+
+
+def _bar(share: float, width: int, *, plain: bool) -> str:
+    """A bar of up to `width` columns, in steps of an eighth of a column, or of #."""
+    if plain:
+        return "#" * round(share * width)
+    eighths = round(share * width * 8)
+    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
+
+
+def _neighbors(page: _Page, neighbors: Sequence[Mapping[str, Any]], decode: Decode) -> Table:
+    """One line each: the token in the middle, between what stood before and after it."""
+    documents = [visible(hit["document"]) for hit in neighbors]
+    domains = [visible(hit["domain"]) for hit in neighbors]
+    decimals = 2 if max(hit["distance"] for hit in neighbors) >= 1.0 else 5
+    distances = [f"{hit['distance']:.{decimals}f}" for hit in neighbors]
+    tokens = [visible(hit["token"]) or visible(decode([hit["id"]])) for hit in neighbors]
+    if page.plain:
+        tokens = [f"[{token}]" for token in tokens]
+    widths = {
+        "distance": max(8, *map(cell_len, distances)),
+        "weight": 6,
+        "document": min(max(8, *map(cell_len, documents)), max(8, page.width // 6)),
+        "domain": min(max(6, *map(cell_len, domains)), max(7, page.width // 10)),
+    }
+    context = max(MIN_CONTEXT, page.width - sum(widths.values()) - GAP * len(widths) - 1)
+    token_width = min(max(map(cell_len, tokens)), context // 3)
+    left_width = (context - token_width) * 3 // 5
+    right_width = context - token_width - left_width
+    table = page.table()
+    for name in ("distance", "weight"):
+        table.add_column(name, width=widths[name], justify="right", no_wrap=True)
+    table.add_column(_padded("", left_width) + "context", width=context, no_wrap=True)
+    for name in ("document", "domain"):
+        table.add_column(name, width=widths[name], no_wrap=True)
+    for hit, token, document, domain, distance in zip(neighbors, tokens, documents, domains, distances, strict=True):
+        left = _cut_left(visible(hit["left"]), left_width)
+        token = _cut_right(token, token_width)
+        right = _cut_right(visible(hit["right"]), right_width + token_width - cell_len(token))
+        line = Text.assemble(
+            " " * (left_width - cell_len(left)), (left, "dim"), (token, "bold green" if token.strip() else "reverse"), (right, "dim")
+        )
+        table.add_row(
+            distance,
+            f"{hit['weight']:.4f}",
+            line,
+            Text(_cut_left(document, widths["document"])),
+            Text(_cut_right(domain, widths["domain"])),
+        )
+    return table
+
+
+def print_info(fields: Mapping[str, Any]) -> None:
+    """fields: as `info --json` prints them."""
+    page = _Page()
+    _add_info(page, fields)
+    page.print()
+
+
+def _add_info(page: _Page, fields: Mapping[str, Any]) -> None:
+    sizes, checkpoint, calibration = fields["bytes"], fields["checkpoint"], fields["calibration"]
+    parts = ", ".join(f"{name} {shown_bytes(size)}" for name, size in sizes.items() if name != "total" and size)
+    rows = [
+        ("datastore", visible(fields["path"])),
+        ("snapshot", f"{fields['snapshot']} ({fields['time']}), format {fields['format']}"),
+        ("entries", f"{fields['entries']:,} in {counted(fields['segments'], 'segment')}"),
+        ("documents", f"{fields['documents']:,} in {counted(len(fields['domains']), 'domain')}"),
+        ("size", f"{shown_bytes(sizes['total'])}: {parts}"),
+        ("per entry", f"{fields['bytes_per_entry']:g} bytes" + (", kept keys not counted" if sizes["keys"] else "")),
+        ("model", f"{visible(checkpoint['name'])}, {checkpoint['identity'][:12]}"),
+        ("key", f"{fields['key']['layer']}, {fields['key']['dim']} dimensions"),
+    ]
+    for space in fields["spaces"]:
+        lists = ", ".join(f"{n:,}" for n in space["nlist"])
+        codes = f"{space['codec']} with {space['n_sub']} sub-quantizers, rotation {space['rotation']}, lists: {lists}"
+        rows.append(("index", codes if space["n_sub"] else "the keys themselves: too few to train codes on"))
+    rows.append(("search", f"k {fields['defaults']['k']}, nprobe {fields['defaults']['nprobe']}"))
+    if calibration is None:
+        rows.append(("calibration", "none: give --lambda and --temperature to query"))
+    else:
+        fitted = f"λ {calibration['lambda']:g}, temperature {calibration['temperature']:g}"
+        rows.append(("calibration", f"{fitted} ({calibration['status']}; by {calibration['made_by']} on {calibration['tokens']:,} tokens)"))
+    table = page.table(headers=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    domains = page.table()
+    domains.add_column("domain", overflow="fold")
+    domains.add_column("documents", justify="right")
+    domains.add_column("entries", justify="right")
+    for name, count in fields["domains"].items():
+        domains.add_row(Text(visible(name)), f"{count['documents']:,}", f"{count['entries']:,}")
+    page.add(table, Text(""), domains)
+
+
+def print_documents(documents: "Iterable[DocumentEntry]") -> None:
+    """One line each, as they are read: there may be millions."""
+    sys.stdout.write(f"\n{'entries':>12}  domain  document  (source)\n")
+    for document in documents:
+        source = "" if document.source == document.id else f"  ({visible(document.source)})"
+        sys.stdout.write(f"{document.entries:>12,}  {visible(document.domain)}  {visible(document.id)}{source}\n")
+
+
+def print_snapshots(listed: Sequence[Mapping[str, Any]]) -> None:
+    """listed: as `snapshots --json` prints them."""
+    page = _Page()
+    table = page.table()
+    for name in ("snapshot", "time", "operation", "entries", "segments"):
+        table.add_column(name, justify="left" if name in ("time", "operation") else "right", no_wrap=name != "operation")
+    table.add_column("")
+    for item in listed:
+        counts = ", ".join(f"{name} {n:,}" for name, n in item["counts"].items() if n and name != "entries")
+        done = f"{item['operation']} ({counts})" if counts else item["operation"]
+        table.add_row(
+            str(item["snapshot"]),
+            item["time"],
+            Text(visible(done)),
+            f"{item['entries']:,}",
+            str(item["segments"]),
+            "current" if item["current"] else "",
+        )
+    page.add(table)
+    page.print()
+
+
+def print_verification(store: str, checked_bytes: int, problems: Sequence[Mapping[str, str]]) -> None:
+    """problems: kind, path, detail of each."""
+    page = _Page()
+    if not problems:
+        page.add(Text.assemble(f"{visible(store)}: ", ("no damage", "green"), f" in {shown_bytes(checked_bytes)} checked"))
+    else:
+        page.add(
+            Text.assemble(f"{visible(store)}: ", (counted(len(problems), "problem"), "bold red"), f", {shown_bytes(checked_bytes)} checked")
+        )
+        for problem in problems:
+            page.add(Text(f"  {problem['kind']}: {visible(problem['path'])}: {visible(problem['detail'])}", overflow="fold"))
+    page.print()
+
+
+def print_demo(fields: Mapping[str, Any], decode: Decode, *, kept: str | None) -> None:
+    """The datastore in one line, a query, and the perplexities."""
+    page = _Page()
+    store, perplexity = fields["store"], fields["perplexity"]
+    page.add(
+        Text(
+            f"datastore: the first four fifths of A Christmas Carol, {store['entries']:,} entries, {shown_bytes(store['bytes']['total'])}"
+        ),
+        Text(""),
+    )
+    _add_query(page, fields["query"], decode)
+    gain = perplexity["gain_percent"]
+    page.add(
+        Text(""),
+        Text(f"the last fifth of the book, {perplexity['tokens']:,} tokens:"),
+        Text(f"  perplexity without the datastore: {perplexity['without']:.2f}"),
+        Text.assemble(
+            f"  perplexity with the datastore:    {perplexity['with']:.2f}",
+            (f"  ({abs(gain):.1f}% {'lower' if gain >= 0 else 'higher'})", "bold green" if gain > 0 else "bold red"),
+        ),
+        Text(f"  tokens that became more probable: {100 * perplexity['helped']:.0f}%"),
+    )
+    if kept:
+        page.add(Text(""), Text(f'The datastore was kept: try  knnstore query "Marley was" --store {visible(kept)}'))
+    page.print()
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - cell_len(text))
+
+
+def _cut_right(text: str, width: int) -> str:
+    """The beginning of a text that is too wide, with … for the rest."""
+    return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)).rstrip() + "…" * (width > 0)
+
+
+def _cut_left(text: str, width: int) -> str:
+    """The end of a text that is too wide, with … for the rest."""
+    if cell_len(text) <= width:
+        return text
+    kept, used = len(text), 0
+    while kept and used + cell_len(text[kept - 1]) <= width - 1:
+        kept -= 1
+        used += cell_len(text[kept])
+    return "…" * (width > 0) + text[kept:]

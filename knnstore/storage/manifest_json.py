@@ -1,0 +1,314 @@
+"""A manifest as a file: canonical JSON, immutable, checked by its own hash and field by field."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from knnstore.errors import DamageError, FormatError
+from knnstore.format import CODECS_BY_NAME, FORMAT_VERSION, READER_FEATURES
+from knnstore.storage.checkpoint import Checkpoint, KeyLayer
+from knnstore.storage.manifest import (
+    Calibration,
+    CoarseRecord,
+    FileRecord,
+    Manifest,
+    Operation,
+    SegmentContent,
+    SegmentRecord,
+    SpaceRecord,
+    WindowRule,
+)
+from knnstore.storage.parse import (
+    parse_flag,
+    parse_hex,
+    parse_json_bytes,
+    parse_list,
+    parse_mapping,
+    parse_number,
+    parse_object,
+    parse_size,
+    parse_text,
+    parse_word,
+)
+from knnstore.storage.rows import as_ranges
+
+__all__ = ["canonical", "manifest_bytes", "parse_manifest", "parse_segment_content", "segment_content_fields"]
+
+KEY_TYPES = ("f16", "bf16", "f32")
+VALUE_TYPES = ("u16", "u32")
+CALIBRATION_STATES = ("fresh", "stale", "default")
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest file's bytes; `check` in it is the sha256 of the same JSON without it."""
+    fields = _manifest_fields(manifest)
+    return canonical({**fields, "check": hashlib.sha256(canonical(fields)).hexdigest()})
+
+
+# Names are sorted and quotes in strings escaped: nothing else in a manifest looks like this.
+_CHECK = re.compile(rb'"check":"([0-9a-f]{64})",')
+
+
+def _is_whole(raw: bytes) -> bool:
+    check = _CHECK.search(raw)
+    return check is not None and hashlib.sha256(raw[: check.start()] + raw[check.end() :]).hexdigest() == check[1].decode()
+
+
+def canonical(fields: Any) -> bytes:
+    """JSON with sorted names, no spaces, in ASCII (a file name that is not UTF-8 has no other form), and a line end."""
+    return (json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode()
+
+
+def _plain(record: Any) -> Any:
+    return dataclasses.asdict(record)
+
+
+def segment_content_fields(content: SegmentContent) -> dict[str, Any]:
+    """The JSON fields of a segment.json."""
+    return {**_plain(content), "files": _file_fields(content.files)}
+
+
+def _file_fields(files: Sequence[FileRecord]) -> dict[str, Any]:
+    return {file.name: {"sha256": file.sha256, "size": file.size} for file in files}
+
+
+def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "calibration": None,
+        "checkpoint": _plain(manifest.checkpoint),
+        "coarse": [{**_plain(item), "files": _file_fields(item.files)} for item in manifest.coarse],
+        "documents": manifest.documents,
+        "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
+        "features": {"reader": list(manifest.reader_features), "writer": list(manifest.writer_features)},
+        "format": FORMAT_VERSION,
+        "key": _plain(manifest.key),
+        "operation": _plain(manifest.operation),
+        "parent": None if manifest.parent is None else {"sha256": manifest.parent[1], "snapshot": manifest.parent[0]},
+        "segments": [
+            {
+                "content": segment_content_fields(item.content),
+                "dead": [list(pair) for pair in item.dead],
+                "runs": [list(run) for run in item.runs],
+                "sha256": item.sha256,
+            }
+            for item in manifest.segments
+        ],
+        "snapshot": manifest.snapshot,
+        "spaces": [{**_plain(item), "codec": item.codec.name.lower(), "files": _file_fields(item.files)} for item in manifest.spaces],
+        "time": manifest.time,
+        "tokens": manifest.tokens,
+        "uuid": manifest.uuid,
+    }
+    if manifest.calibration is not None:
+        calibration = _plain(manifest.calibration)
+        calibration["lambda"] = calibration.pop("lmbda")
+        fields["calibration"] = calibration
+    return fields
+
+
+def parse_manifest(raw: bytes, at: str) -> Manifest:
+    """A manifest from its file's bytes. Raises DamageError for what is not one, FormatError for one of a later format."""
+    fields = parse_json_bytes(raw, at)
+    if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT_VERSION:
+        raise FormatError(f"{at}: format {fields['format']}; this knnstore reads up to {FORMAT_VERSION}. Install a newer one.")
+    names = (
+        "calibration", "check", "checkpoint", "coarse", "defaults", "documents", "features", "format", "key", "operation",
+        "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid",
+    )  # fmt: skip
+    fields = parse_object(fields, at, required=names)
+    if not _is_whole(raw):
+        raise DamageError(f"{at}: its content does not match its checksum. Run `knnstore verify`.")
+    if parse_size(fields["format"], f"{at}.format") != FORMAT_VERSION:
+        raise DamageError(f"{at}: format {fields['format']}, which there never was. Run `knnstore verify`.")
+    features = parse_object(fields["features"], f"{at}.features", required=("reader", "writer"))
+    reader_features, writer_features = (
+        tuple(parse_text(item, f"{at}.features.{side}") for item in parse_list(features[side], f"{at}.features.{side}"))
+        for side in ("reader", "writer")
+    )
+    unknown = sorted(set(reader_features) - READER_FEATURES)
+    if unknown:
+        raise FormatError(f"{at}: it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
+    defaults = parse_object(fields["defaults"], f"{at}.defaults", required=("k", "nprobe"))
+    manifest = Manifest(
+        uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
+        snapshot=parse_size(fields["snapshot"], f"{at}.snapshot"),
+        parent=_parse_parent(fields["parent"], f"{at}.parent"),
+        time=parse_text(fields["time"], f"{at}.time"),
+        operation=_parse_operation(fields["operation"], f"{at}.operation"),
+        checkpoint=_parse_checkpoint(fields["checkpoint"], f"{at}.checkpoint"),
+        key=_parse_key(fields["key"], f"{at}.key"),
+        tokens=None if fields["tokens"] is None else parse_mapping(fields["tokens"], f"{at}.tokens"),
+        spaces=tuple(_parse_space(raw, f"{at}.spaces[{i}]") for i, raw in enumerate(parse_list(fields["spaces"], f"{at}.spaces"))),
+        coarse=tuple(_parse_coarse(raw, f"{at}.coarse[{i}]") for i, raw in enumerate(parse_list(fields["coarse"], f"{at}.coarse"))),
+        segments=tuple(
+            _parse_segment(raw, f"{at}.segments[{i}]") for i, raw in enumerate(parse_list(fields["segments"], f"{at}.segments"))
+        ),
+        documents=_parse_documents(fields["documents"], f"{at}.documents"),
+        calibration=_parse_calibration(fields["calibration"], f"{at}.calibration"),
+        k=parse_size(defaults["k"], f"{at}.defaults.k"),
+        nprobe=parse_size(defaults["nprobe"], f"{at}.defaults.nprobe"),
+        reader_features=reader_features,
+        writer_features=writer_features,
+    )
+    _check_references(manifest, at)
+    return manifest
+
+
+def _check_references(manifest: Manifest, at: str) -> None:
+    spaces = {space.id for space in manifest.spaces}
+    coarse = {item.id: item for item in manifest.coarse}
+    for segment in manifest.segments:
+        content = segment.content
+        lists = coarse.get(content.coarse) if content.coarse is not None else None
+        nlist = 1 if content.coarse is None else (lists.nlist if lists is not None and lists.space == content.space else 0)
+        if content.space not in spaces or content.nlist != nlist:
+            raise DamageError(f"{at}: segment {content.uuid} refers to a space or lists that are not there. Run `knnstore verify`.")
+
+
+def _parse_documents(raw: object, at: str) -> dict[str, int]:
+    return {name: parse_size(n, f"{at}.{name}") for name, n in parse_mapping(raw, at).items()}
+
+
+def _parse_parent(raw: object, at: str) -> tuple[int, str] | None:
+    if raw is None:
+        return None
+    fields = parse_object(raw, at, required=("sha256", "snapshot"))
+    return parse_size(fields["snapshot"], f"{at}.snapshot"), parse_hex(fields["sha256"], f"{at}.sha256", 64)
+
+
+def _parse_operation(raw: object, at: str) -> Operation:
+    fields = parse_object(raw, at, required=("arguments", "counts", "name"))
+    arguments, counts = (parse_mapping(fields[name], f"{at}.{name}") for name in ("arguments", "counts"))
+    return Operation(name=parse_text(fields["name"], f"{at}.name"), arguments=arguments, counts=counts)
+
+
+def _parse_checkpoint(raw: object, at: str) -> Checkpoint:
+    fields = parse_object(raw, at, required=("architecture", "identity", "name", "revision", "tokenizer", "vocab_size"))
+    return Checkpoint(
+        name=parse_text(fields["name"], f"{at}.name"),
+        revision=None if fields["revision"] is None else parse_text(fields["revision"], f"{at}.revision"),
+        identity=parse_hex(fields["identity"], f"{at}.identity", 64),
+        tokenizer=None if fields["tokenizer"] is None else parse_hex(fields["tokenizer"], f"{at}.tokenizer", 64),
+        architecture=parse_text(fields["architecture"], f"{at}.architecture"),
+        vocab_size=parse_size(fields["vocab_size"], f"{at}.vocab_size", most=1 << 24),
+    )
+
+
+def _parse_key(raw: object, at: str) -> KeyLayer:
+    fields = parse_object(raw, at, required=("dim", "layer"))
+    return KeyLayer(layer=parse_text(fields["layer"], f"{at}.layer"), dim=parse_size(fields["dim"], f"{at}.dim", most=1 << 20))
+
+
+def _parse_files(raw: object, at: str) -> tuple[FileRecord, ...]:
+    records = []
+    for name, item in parse_mapping(raw, at).items():
+        if "/" in name or name.startswith("."):
+            raise DamageError(f"{at}: {name!r} is not a file name of the format. Run `knnstore verify`.")
+        entry = parse_object(item, f"{at}.{name}", required=("sha256", "size"))
+        size = parse_size(entry["size"], f"{at}.{name}.size")
+        records.append(FileRecord(name=name, size=size, sha256=parse_hex(entry["sha256"], f"{at}.{name}.sha256", 64)))
+    return tuple(records)
+
+
+def _parse_space(raw: object, at: str) -> SpaceRecord:
+    fields = parse_object(raw, at, required=("codec", "distortion", "files", "id", "n_sub", "rotation"))
+    return SpaceRecord(
+        id=parse_hex(fields["id"], f"{at}.id", 32),
+        codec=CODECS_BY_NAME[parse_word(fields["codec"], f"{at}.codec", tuple(CODECS_BY_NAME))],
+        n_sub=parse_size(fields["n_sub"], f"{at}.n_sub"),
+        rotation=parse_text(fields["rotation"], f"{at}.rotation"),
+        distortion=parse_number(fields["distortion"], f"{at}.distortion"),
+        files=_parse_files(fields["files"], f"{at}.files"),
+    )
+
+
+def _parse_coarse(raw: object, at: str) -> CoarseRecord:
+    fields = parse_object(raw, at, required=("files", "id", "nlist", "space"))
+    return CoarseRecord(
+        id=parse_hex(fields["id"], f"{at}.id", 32),
+        space=parse_hex(fields["space"], f"{at}.space", 32),
+        nlist=parse_size(fields["nlist"], f"{at}.nlist"),
+        files=_parse_files(fields["files"], f"{at}.files"),
+    )
+
+
+def parse_segment_content(raw: object, at: str) -> SegmentContent:
+    """What a segment.json holds, from its JSON."""
+    names = (
+        "coarse", "distortion", "documents", "dtype", "entries", "files", "keys", "nlist", "space", "text", "uuid", "values", "windows",
+    )  # fmt: skip
+    fields = parse_object(raw, at, required=names)
+    windows = None
+    if fields["windows"] is not None:
+        rule = parse_object(fields["windows"], f"{at}.windows", required=("context", "stride"))
+        context, stride = (parse_size(rule[name], f"{at}.windows.{name}") for name in ("context", "stride"))
+        windows = WindowRule(context=context, stride=stride)
+    return SegmentContent(
+        uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
+        space=parse_hex(fields["space"], f"{at}.space", 32),
+        coarse=None if fields["coarse"] is None else parse_hex(fields["coarse"], f"{at}.coarse", 32),
+        nlist=parse_size(fields["nlist"], f"{at}.nlist", most=1 << 32),
+        entries=parse_size(fields["entries"], f"{at}.entries", most=1 << 39),
+        documents=parse_size(fields["documents"], f"{at}.documents"),
+        values=parse_word(fields["values"], f"{at}.values", VALUE_TYPES),
+        keys=None if fields["keys"] is None else parse_word(fields["keys"], f"{at}.keys", KEY_TYPES),
+        text=parse_flag(fields["text"], f"{at}.text"),
+        dtype=None if fields["dtype"] is None else parse_text(fields["dtype"], f"{at}.dtype"),
+        windows=windows,
+        distortion=parse_number(fields["distortion"], f"{at}.distortion"),
+        files=_parse_files(fields["files"], f"{at}.files"),
+    )
+
+
+def _parse_segment(raw: object, at: str) -> SegmentRecord:
+    fields = parse_object(raw, at, required=("content", "dead", "runs", "sha256"))
+    content = parse_segment_content(fields["content"], f"{at}.content")
+    runs = []
+    reached = 0
+    for i, run in enumerate(parse_list(fields["runs"], f"{at}.runs")):
+        domain, first, stop = parse_list(run, f"{at}.runs[{i}]", length=3)
+        begin, end = parse_size(first, f"{at}.runs[{i}].first"), parse_size(stop, f"{at}.runs[{i}].stop")
+        if begin != reached or end <= begin:
+            raise DamageError(f"{at}.runs[{i}]: rows {begin} to {end} do not follow row {reached}. Run `knnstore verify`.")
+        runs.append((parse_text(domain, f"{at}.runs[{i}].domain"), begin, end))
+        reached = end
+    if reached != content.entries:
+        raise DamageError(f"{at}.runs: they end at row {reached} of {content.entries}. Run `knnstore verify`.")
+    dead = as_ranges(
+        [
+            (parse_size(first, f"{at}.dead", most=content.entries), parse_size(stop, f"{at}.dead", most=content.entries))
+            for first, stop in (parse_list(pair, f"{at}.dead", length=2) for pair in parse_list(fields["dead"], f"{at}.dead"))
+        ]
+    )
+    return SegmentRecord(
+        content=content,
+        runs=tuple(runs),
+        dead=tuple((int(first), int(stop)) for first, stop in dead),
+        sha256=parse_hex(fields["sha256"], f"{at}.sha256", 64),
+    )
+
+
+def _parse_calibration(raw: object, at: str) -> Calibration | None:
+    if raw is None:
+        return None
+    names = (
+        "domains", "exact", "k", "lambda", "made_by", "nprobe", "perplexity", "spaces", "status", "temperature", "tokens",
+    )  # fmt: skip
+    fields = parse_object(raw, at, required=names)
+    scores = parse_object(fields["perplexity"], f"{at}.perplexity", required=(), optional=("lm", "knn", "mixed"))
+    return Calibration(
+        lmbda=parse_number(fields["lambda"], f"{at}.lambda"),
+        temperature=parse_number(fields["temperature"], f"{at}.temperature"),
+        k=parse_size(fields["k"], f"{at}.k"),
+        nprobe=parse_size(fields["nprobe"], f"{at}.nprobe"),
+        exact=parse_flag(fields["exact"], f"{at}.exact"),
+        spaces=tuple(parse_hex(item, f"{at}.spaces", 32) for item in parse_list(fields["spaces"], f"{at}.spaces")),
+        domains=tuple(parse_text(item, f"{at}.domains") for item in parse_list(fields["domains"], f"{at}.domains")),
+        status=parse_word(fields["status"], f"{at}.status", CALIBRATION_STATES),
+        made_by=parse_text(fields["made_by"], f"{at}.made_by"),
+        tokens=parse_size(fields["tokens"], f"{at}.tokens"),
+        perplexity={name: parse_number(score, f"{at}.perplexity.{name}") for name, score in scores.items() if score is not None},
+    )

@@ -1,0 +1,135 @@
+"""What `verify` checks in `contexts.lmdb`, once its sha256 is known to be right: documents, their index, and their text."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from knnstore.storage.contexts import ContextsReader, DocumentRecord, id_hash, row_key
+from knnstore.storage.manifest import SegmentRecord
+from knnstore.verification_files import FindingError
+
+__all__ = ["DocumentRows", "OpenParts", "check_contexts"]
+
+_HASH = re.compile("[0-9a-f]{64}")
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRows:
+    """The documents (or parts) of a segment: first rows (m,) int64, and whether each is its document's last part (m,) bool."""
+
+    first_rows: NDArray[np.int64]
+    last: NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class _Text:
+    """The text of a document so far. sha256: None once a part came without text."""
+
+    sha256: Any
+    n_chars: int
+
+
+# Documents whose next part is in a segment still to come: (domain, id, part, first token) of that part → their text.
+OpenParts = dict[tuple[str, str, int, int], _Text]
+
+
+def check_contexts(path: Path, segment: SegmentRecord, *, vocab_size: int, parts: OpenParts) -> DocumentRows:
+    """Reads all documents and all text of a segment in one pass. parts: taken up and left for the next segment.
+
+    Memory: a byte a document, and a frame. Raises FindingError, DamageError.
+    """
+    content = segment.content
+    reader = ContextsReader(path, n_rows=content.entries)
+    try:
+        first_rows = reader.first_rows
+        if len(first_rows) != content.documents:
+            raise FindingError("content", f"it has {len(first_rows)} documents, the manifest says {content.documents}")
+        stops = np.append(first_rows[1:], content.entries)
+        last = np.zeros(len(first_rows), dtype=bool)
+        text = _TextWalk(reader)
+        # The index holds one key a document. Sums of hashes of keys tell whether they are the same, in whatever order.
+        indexed = expected = 0
+        n_read = 0
+        for i, record in enumerate(reader.documents()):
+            if i >= len(first_rows) or record.first_row != first_rows[i] or record.n_entries != stops[i] - first_rows[i]:
+                raise FindingError("content", f"the document at row {record.first_row} does not end where the next begins")
+            if any(token >= vocab_size for token in record.prefix):
+                raise FindingError("content", f"the document at row {record.first_row} begins with a token beyond the vocabulary")
+            expected = (expected + xxhash.xxh3_64_intdigest(id_hash(record.id) + row_key(record.first_row))) & _MASK
+            last[i] = record.last
+            text.take(record, segment, parts)
+            n_read = i + 1
+        if n_read != len(first_rows):
+            raise FindingError("content", f"it has {n_read} records of {len(first_rows)} documents")
+        text.conclude(content.text)
+        n_keys = 0
+        for key in reader.id_keys():
+            indexed = (indexed + xxhash.xxh3_64_intdigest(key)) & _MASK
+            n_keys += 1
+        if (n_keys, indexed) != (n_read, expected):
+            raise FindingError("content", f"its index of ids ({n_keys} keys) does not lead to its {n_read} documents")
+    finally:
+        reader.close()
+    return DocumentRows(first_rows, last)
+
+
+class _TextWalk:
+    """The text frames of a segment, taken along with its documents."""
+
+    def __init__(self, reader: ContextsReader) -> None:
+        self._frames = reader.frames()
+        self._next = next(self._frames, None)
+        self._any = self._next is not None
+
+    def take(self, record: DocumentRecord, segment: SegmentRecord, parts: OpenParts) -> None:
+        """The frames of one document: they cover its rows, and its text is the one that was hashed."""
+        domain = next(name for name, _, stop in segment.runs if record.first_row < stop)
+        before = _Text(hashlib.sha256(), 0) if record.part == 0 else parts.get((domain, record.id, record.part, record.first_token))
+        stop = record.first_row + record.n_entries
+        covered, base = record.first_row, None if before is None else before.n_chars
+        sha256 = None if before is None or before.sha256 is None else before.sha256.copy()
+        for first, starts, ends, text, at in self._until(stop):
+            where = f"the text of document {record.id!r} at row {first}"
+            if first != covered or (base is not None and at != base):
+                raise FindingError("content", f"{where} does not follow what is before it")
+            if not len(starts) or starts[0] < at or starts[-1] > at + len(text) or (starts[1:] < starts[:-1]).any():
+                raise FindingError("content", f"{where}: its offsets do not rise within it")
+            covered, base = first + len(starts), at + len(text)
+            if sha256 is not None:
+                sha256.update(text.encode("utf-8", "surrogatepass"))
+        if covered not in (record.first_row, stop):
+            raise FindingError("content", f"the text of document {record.id!r} covers rows to {covered}, the document ends at {stop}")
+        if covered != stop:
+            sha256 = None
+        if not record.last:
+            parts[domain, record.id, record.part + 1, record.first_token + record.n_entries] = _Text(sha256, base or 0)
+        elif sha256 is not None:
+            _compare(record, _Text(sha256, base or 0))
+
+    def _until(self, stop: int) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], str, int]]:
+        while self._next is not None and self._next[0] < stop:
+            yield self._next
+            self._next = next(self._frames, None)
+
+    def conclude(self, text: bool) -> None:
+        """After all documents. text: whether the manifest says there is any."""
+        if self._next is not None:
+            raise FindingError("content", f"it has text at row {self._next[0]}, after its last document")
+        if text is not self._any:
+            raise FindingError("content", "it has text, and the manifest says none" if self._any else "it has no text, and the manifest says some")
+
+
+def _compare(record: DocumentRecord, text: _Text) -> None:
+    if record.n_chars is not None and record.n_chars != text.n_chars:
+        raise FindingError("content", f"document {record.id!r}: its text has {text.n_chars} characters, its record says {record.n_chars}")
+    # Entries that came from elsewhere may have no hash.
+    if record.content_hash and _HASH.fullmatch(record.content_hash) and text.sha256.hexdigest() != record.content_hash:
+        raise FindingError("content", f"document {record.id!r}: its text does not have the hash in its record")

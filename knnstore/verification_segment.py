@@ -1,0 +1,346 @@
+"""What `verify` checks in a segment's folder: its files one by one, and that lists and values tell the same entries."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from knnstore.format import (
+    ALIGNMENT,
+    BLOCK_ENTRIES,
+    CONTEXTS_FILE,
+    DIRECTORY_FILE,
+    HEADER_SIZE,
+    KEYS_FILE,
+    LISTS_FILE,
+    MANIFEST_MAX,
+    NUMPY_TYPES,
+    SEGMENT_FILE,
+    TOKEN_BITS,
+    VALUES_BLOCK,
+    VALUES_FILE,
+    Codec,
+    DType,
+    Kind,
+    aligned,
+)
+from knnstore.storage.arrays import blocked_size
+from knnstore.storage.blocks import block_bytes
+from knnstore.storage.manifest import FileRecord, SegmentRecord
+from knnstore.storage.manifest_json import parse_segment_content
+from knnstore.storage.parse import parse_json_bytes
+from knnstore.verification_contexts import DocumentRows, OpenParts, check_contexts
+from knnstore.verification_files import (
+    FindingError,
+    Findings,
+    check_header,
+    check_plain,
+    check_size,
+    file_reading,
+    open_plain,
+)
+
+__all__ = ["ExpectedSegment", "SegmentCheck"]
+
+_KEY_TYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
+_VALUE_TYPES = {"u16": DType.U16, "u32": DType.U32}
+_NO_TOKEN = np.uint32(0xFFFFFFFF)  # more than any token: labels hold 24 bits of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectedSegment:
+    """What a manifest says of a segment, its space and its vocabulary."""
+
+    record: SegmentRecord
+    codec: Codec
+    n_sub: int
+    dim: int
+    vocab_size: int
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of an entry's code as it lies in a list."""
+        if self.codec is Codec.PQ4:
+            return block_bytes(self.n_sub) // BLOCK_ENTRIES
+        return 4 * self.dim if self.codec is Codec.RAW else self.n_sub
+
+
+class SegmentCheck:
+    """Checks one segment. Memory: 8 bytes an entry (its values, and the tokens of its labels) and a list directory."""
+
+    def __init__(self, findings: Findings, folder: Path, expected: ExpectedSegment, parts: OpenParts, *, full: bool) -> None:
+        self._findings, self._folder, self._expected, self._parts, self._full = findings, folder, expected, parts, full
+        self._content = expected.record.content
+        self._owner = bytes.fromhex(self._content.uuid)
+        self._records = {record.name: record for record in self._content.files}
+
+    def run(self) -> DocumentRows | None:
+        """Where its documents are, if `contexts.lmdb` was read (level full) and is sound."""
+        self._check_record()
+        values = self._check_values()
+        self._check_lists(self._check_directory(), values)
+        del values
+        self._check_keys()
+        return self._check_contexts()
+
+    def _record(self, name: str) -> FileRecord:
+        record = self._records.get(name)
+        if record is None:
+            raise FindingError("content", "the manifest does not name this file among those of the segment")
+        return record
+
+    def _check_record(self) -> None:
+        """segment.json says what the manifest says."""
+        path = self._folder / SEGMENT_FILE
+        with self._findings.of(path):
+            size = check_plain(path).st_size
+            if size > MANIFEST_MAX:
+                raise FindingError("size", f"{size} bytes, {MANIFEST_MAX} are the most such a file may have")
+            record = FileRecord(name=SEGMENT_FILE, size=size, sha256=self._expected.record.sha256)
+            with file_reading(self._findings, self._folder, record) as file:
+                raw = file.whole()
+            if parse_segment_content(parse_json_bytes(raw, str(path)), str(path)) != self._content:
+                raise FindingError("content", "it does not say of the segment what the manifest says")
+
+    def _check_blocked(
+        self, name: str, *, kind: Kind, dtype: DType, columns: int, take: Callable[[int, memoryview], None] | None = None
+    ) -> bool:
+        """A long array: header, rows, zeros, a checksum for each block of rows. take: given the place and bytes of each piece.
+
+        Returns whether all of it is sound (at level quick: header and checksums).
+        """
+        path, n_rows = self._folder / name, self._content.entries
+        row_bytes = columns * NUMPY_TYPES[dtype].itemsize
+        body, checks = n_rows * row_bytes, 8 * -(-n_rows * row_bytes // VALUES_BLOCK)
+        with self._findings.of(path) as outcome:
+            record = self._record(name)
+            if record.size != blocked_size(n_rows, row_bytes):
+                raise FindingError("content", f"{record.size} bytes are recorded, {n_rows} rows take {blocked_size(n_rows, row_bytes)}")
+            shape = {"kind": kind, "owner": self._owner, "dtype": dtype, "rows": n_rows, "columns": columns}
+            if not self._full:
+                with open_plain(path) as fd:
+                    raw, table = self._sample(fd, record, HEADER_SIZE, checks)
+                if xxhash.xxh3_64_intdigest(table) != check_header(raw, path, **shape).check:
+                    raise FindingError("checksum", "its table of checksums is damaged")
+                return True
+            with file_reading(self._findings, self._folder, record) as file:
+                header = check_header(bytes(file.read(HEADER_SIZE)), path, **shape)
+                found: list[int] = []
+                at = 0
+                for piece in file.pieces(body):
+                    found += [xxhash.xxh3_64_intdigest(piece[i : i + VALUES_BLOCK]) for i in range(0, len(piece), VALUES_BLOCK)]
+                    if take is not None:
+                        take(at, piece)
+                    at += len(piece)
+                padding = bytes(file.read(aligned(HEADER_SIZE + body) - HEADER_SIZE - body))
+                table = file.whole()
+                if xxhash.xxh3_64_intdigest(table) != header.check:
+                    file.damaged.append("its table of checksums")
+                else:
+                    differ = np.array(found, np.uint64) != np.frombuffer(table, "<u8")
+                    file.damaged += [f"block {block} of 64 KiB" for block in np.flatnonzero(differ).tolist()]
+                if any(padding):
+                    file.damaged.append("the zeros after its rows")
+        return outcome.sound
+
+    def _sample(self, fd: int, record: FileRecord, head: int, tail: int) -> tuple[bytes, bytes]:
+        """First and last bytes of a file of the size recorded."""
+        check_size(os.fstat(fd).st_size, record)
+        pieces = os.pread(fd, head, 0), os.pread(fd, tail, record.size - tail)
+        if (len(pieces[0]), len(pieces[1])) != (head, tail):
+            raise FindingError("size", "it was cut while it was read")
+        self._findings.checked(head + tail)
+        return pieces
+
+    def _check_values(self) -> NDArray[np.generic] | None:
+        """The values (n,), where they are sound and were read."""
+        dtype = _VALUE_TYPES[self._content.values]
+        path = self._folder / VALUES_FILE
+        raw: NDArray[np.uint8] | None = None
+
+        def take(at: int, piece: memoryview) -> None:
+            nonlocal raw
+            if raw is None:  # only now is it known that the file has the size recorded
+                raw = np.empty(self._content.entries * NUMPY_TYPES[dtype].itemsize, np.uint8)
+            raw[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+
+        sound = self._check_blocked(VALUES_FILE, kind=Kind.VALUES, dtype=dtype, columns=1, take=take)
+        if not sound or raw is None:
+            return None
+        values = raw.view(NUMPY_TYPES[dtype])
+        with self._findings.of(path):
+            beyond = int(np.count_nonzero(values >= self._expected.vocab_size))
+            if beyond:
+                raise FindingError("content", f"{beyond} token ids are not below the vocabulary's {self._expected.vocab_size}")
+        return values
+
+    def _check_keys(self) -> None:
+        if self._content.keys is not None:
+            self._check_blocked(KEYS_FILE, kind=Kind.KEYS, dtype=_KEY_TYPES[self._content.keys], columns=self._expected.dim)
+
+    def _check_directory(self) -> NDArray[np.uint64] | None:
+        """The list directory, (nlist, 3) u64: entries, offset, checksum; None where it is damaged. Read at both levels."""
+        path, nlist = self._folder / DIRECTORY_FILE, self._content.nlist
+        directory: NDArray[np.uint64] | None = None
+        with self._findings.of(path) as outcome:
+            record = self._record(DIRECTORY_FILE)
+            if record.size != HEADER_SIZE + 24 * nlist:
+                raise FindingError("content", f"{record.size} bytes are recorded, {nlist} lists take {HEADER_SIZE + 24 * nlist}")
+            with file_reading(self._findings, self._folder, record) as file:
+                raw = file.whole()
+                header = check_header(
+                    raw, path, kind=Kind.DIRECTORY, owner=self._owner, dtype=DType.U64, rows=nlist, columns=3, codec=self._expected.codec
+                )
+                if xxhash.xxh3_64_intdigest(raw[HEADER_SIZE:]) != header.check:
+                    file.damaged.append("its table")
+            directory = np.frombuffer(raw, "<u8", offset=HEADER_SIZE).reshape(nlist, 3)
+            self._check_extents(directory)
+        return directory if outcome.sound else None
+
+    def _check_extents(self, directory: NDArray[np.uint64]) -> None:
+        """Lists add up to the entries, and lie in `lists.bin` one beside the other."""
+        n_entries, size = self._content.entries, self._record(LISTS_FILE).size
+        sizes, offsets = directory[:, 0], directory[:, 1]
+        if (sizes > n_entries).any() or (offsets > size).any():
+            raise FindingError("content", f"a list is larger than the segment's {n_entries} entries, or begins after the {size} bytes of lists")
+        if int(sizes.sum()) != n_entries:
+            raise FindingError("content", f"its lists have {int(sizes.sum())} entries, the segment has {n_entries}")
+        extents = _Extents(directory, self._expected.entry_bytes)
+        bounds = np.concatenate(([HEADER_SIZE], extents.ends))
+        if (extents.offsets % ALIGNMENT).any() or (extents.offsets < bounds[:-1]).any() or bounds[-1] > size:
+            raise FindingError("content", "its lists overlap, are not at multiples of 64, or reach beyond the end of lists.bin")
+
+    def _check_lists(self, directory: NDArray[np.uint64] | None, values: NDArray[np.generic] | None) -> None:
+        path, expected = self._folder / LISTS_FILE, self._expected
+        shape = {
+            "kind": Kind.LISTS,
+            "owner": self._owner,
+            "dtype": DType.U8,
+            "codec": expected.codec,
+            "rows": self._content.entries,
+            "columns": expected.entry_bytes,
+        }
+        with self._findings.of(path):
+            record = self._record(LISTS_FILE)
+            if not self._full:
+                with open_plain(path) as fd:
+                    check_header(self._sample(fd, record, HEADER_SIZE, 0)[0], path, **shape)
+                return
+            with file_reading(self._findings, self._folder, record) as file:
+                check_header(bytes(file.read(HEADER_SIZE)), path, **shape)
+                if directory is None:
+                    return
+                walk = _ListsWalk(directory, expected.entry_bytes, self._content.entries, in_row_order=expected.codec is Codec.RAW)
+                for piece in file.pieces(file.left):
+                    walk.take(file.position - len(piece), piece)
+                file.damaged += walk.damaged
+            walk.conclude(values)
+
+    def _check_contexts(self) -> DocumentRows | None:
+        path = self._folder / CONTEXTS_FILE
+        with self._findings.of(path) as outcome:
+            record = self._record(CONTEXTS_FILE)
+            if not self._full:
+                check_size(check_plain(path).st_size, record)
+                return None
+            with file_reading(self._findings, self._folder, record):
+                pass
+        if not outcome.sound:  # a damaged page of LMDB can end the process
+            return None
+        rows: DocumentRows | None = None
+        with self._findings.of(path) as outcome:
+            rows = check_contexts(path, self._expected.record, vocab_size=self._expected.vocab_size, parts=self._parts)
+        return rows if outcome.sound else None
+
+
+class _Extents:
+    """Where the lists that have entries lie, in the order of the file."""
+
+    def __init__(self, directory: NDArray[np.uint64], entry_bytes: int) -> None:
+        used = np.flatnonzero(directory[:, 0])
+        self.numbers = used[np.argsort(directory[used, 1], kind="stable")]
+        self.sizes = directory[self.numbers, 0].astype(np.int64)
+        self.offsets = directory[self.numbers, 1].astype(np.int64)
+        capacities = -(-self.sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
+        self.labels = self.offsets + capacities * entry_bytes
+        self.ends = self.labels + capacities * 8
+        self.checks = directory[self.numbers, 2]
+
+
+class _ListsWalk:
+    """Goes through `lists.bin` a piece at a time: checksums of lists, and the token that each row's label carries."""
+
+    def __init__(self, directory: NDArray[np.uint64], entry_bytes: int, n_entries: int, *, in_row_order: bool) -> None:
+        self._lists = _Extents(directory, entry_bytes)
+        self._in_row_order = in_row_order
+        self._tokens = np.full(n_entries, _NO_TOKEN, np.uint32)
+        self._begun: xxhash.xxh3_64 | None = None  # of a list that goes on in the next piece
+        self._n_strange = 0  # labels of no row of the segment
+        self._n_seen = 0
+        self._ordered = True
+        nothing = xxhash.xxh3_64_intdigest(b"")
+        empty = np.flatnonzero((directory[:, 0] == 0) & (directory[:, 2] != nothing))
+        self.damaged = [f"list {number}" for number in empty.tolist()]
+
+    def take(self, begin: int, piece: memoryview) -> None:
+        """The bytes of the file from begin on, where the piece before ended."""
+        lists, stop = self._lists, begin + len(piece)
+        some = slice(
+            int(np.searchsorted(lists.ends, begin, side="right")), int(np.searchsorted(lists.offsets, stop, side="left"))
+        )  # those that have bytes in this piece
+        self._check(some, begin, piece)
+        low = np.maximum(lists.labels[some], begin)
+        counts = np.maximum(np.minimum(lists.labels[some] + 8 * lists.sizes[some], stop) - low, 0) // 8
+        total = int(counts.sum())
+        if not total:
+            return
+        words = np.frombuffer(piece, "<i8", len(piece) // 8)
+        labels = words[np.repeat((low - begin) // 8 - (np.cumsum(counts) - counts), counts) + np.arange(total)]
+        self._take_labels(labels)
+
+    def _check(self, some: slice, begin: int, piece: memoryview) -> None:
+        lists, stop = self._lists, begin + len(piece)
+        rows = zip(
+            lists.numbers[some].tolist(), lists.offsets[some].tolist(), lists.ends[some].tolist(), lists.checks[some].tolist(), strict=True
+        )
+        for number, offset, end, check in rows:
+            if begin <= offset and end <= stop:
+                digest = xxhash.xxh3_64_intdigest(piece[offset - begin : end - begin])
+            else:
+                begun = self._begun or xxhash.xxh3_64()
+                begun.update(piece[max(offset - begin, 0) : end - begin])
+                self._begun = begun if end > stop else None
+                if end > stop:
+                    break
+                digest = begun.intdigest()
+            if digest != check:
+                self.damaged.append(f"list {number}")
+
+    def _take_labels(self, labels: NDArray[np.int64]) -> None:
+        rows = labels >> TOKEN_BITS
+        if self._in_row_order:
+            self._ordered &= bool((rows == np.arange(self._n_seen, self._n_seen + len(rows))).all())
+        self._n_seen += len(rows)
+        known = (rows >= 0) & (rows < len(self._tokens))
+        if not known.all():
+            self._n_strange += int(np.count_nonzero(~known))
+            labels, rows = labels[known], rows[known]
+        self._tokens[rows] = labels & ((1 << TOKEN_BITS) - 1)
+
+    def conclude(self, values: NDArray[np.generic] | None) -> None:
+        """Once the file is known to be what was written. values: (n,), None where they are not sound. Raises FindingError."""
+        if self._n_strange:
+            raise FindingError("content", f"{self._n_strange} labels name no row of the segment's {len(self._tokens)}")
+        # There are as many labels as rows: where a row has none, another has two.
+        without = int(np.count_nonzero(self._tokens == _NO_TOKEN))
+        if without:
+            raise FindingError("content", f"{without} of {len(self._tokens)} rows are in no list, and others in several")
+        if values is not None and (differ := int(np.count_nonzero(self._tokens != values))):
+            raise FindingError("content", f"{differ} labels carry another token than values.bin has at their row")
+        if not self._ordered:
+            raise FindingError("content", "its raw keys are not in row order")
+
