@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ import knnstore
 
 from .options import ExampleCommand, json_option, quiet_option
 from .query import query_fields
+
+if TYPE_CHECKING:
+    from knnstore.lm.corpus import CorpusInputs
 
 __all__ = ["demo"]
 
@@ -35,9 +38,7 @@ def demo(store: str | None, quiet: bool, as_json: bool) -> None:
         from knnstore.lm.evaluate import perplexity
 
         known, unknown = _sample_parts()
-        book = work / SAMPLE
-        book.write_text(known, encoding="utf-8", newline="")
-        with knnstore.create(store or work / "demo.knn", [book], domain="dickens", progress=progress) as built:
+        with knnstore.create(store or work / "demo.knn", _as_corpus(known), domain="dickens", progress=progress) as built:
             lm = knnstore.KnnLM.load(built)
             queried = query_fields(lm, lm.predict(PROMPT), PROMPT, TOP)
             evaluation = perplexity(lm, unknown, progress=progress)
@@ -70,10 +71,23 @@ def _work_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+def _sample_path() -> Path:
+    return Path(knnstore.__file__).parent / "samples" / SAMPLE
+
+
+def _as_corpus(known: str) -> "CorpusInputs":
+    """The beginning of the sample book as a corpus: its characters stand at the same places in the whole book."""
+    from io import BytesIO
+
+    from knnstore.lm.corpus import CorpusFile, CorpusInputs
+
+    content = known.encode()
+    file = CorpusFile(path=None, source=str(_sample_path()), id=SAMPLE, size=len(content), mtime_ns=0, stream=BytesIO(content))
+    return CorpusInputs((file,), ())
+
+
 def _sample_parts() -> tuple[str, str]:
     """The first four fifths of the sample book and the rest, cut at a paragraph."""
-    from importlib.resources import files
-
-    text = files("knnstore").joinpath("samples", SAMPLE).read_bytes().decode("utf-8")
+    text = _sample_path().read_bytes().decode("utf-8")
     cut = text.rindex("\n\n", 0, len(text) * 4 // 5) + 2
     return text[:cut], text[cut:]

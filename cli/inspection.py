@@ -56,7 +56,7 @@ def verify(ctx: click.Context, store: str, level: str, quiet: bool, as_json: boo
     if as_json:
         from .output import print_json
 
-        print_json({"ok": report.ok, "checked_bytes": report.checked_bytes, "problems": problems})
+        print_json({"ok": report.ok, "checked_bytes": report.checked_bytes, "problems": problems, "orphans": list(report.orphans)})
     else:
         from .render import print_verification
 

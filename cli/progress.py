@@ -12,7 +12,7 @@ from rich.text import Text
 from knnstore.progress import SILENT, Progress, Stage
 
 from .reporting import say, stderr_is_terminal
-from .text import shown_duration, visible
+from .text import shown_bytes, shown_duration, visible
 
 __all__ = ["shown_progress"]
 
@@ -52,33 +52,39 @@ class _PlainProgress:
         begin = time.monotonic()
         yield stage
         took = time.monotonic() - begin
-        amount = f"{stage.n:,} {unit} in " if unit and stage.n > 1 else ""
-        rate = f" ({(stage.n - done) / took:,.0f}/s)" if amount and took > 1.0 else ""
+        amount = f"{_amount(stage.n, unit)} in " if unit and stage.n > 1 else ""
+        rate = f" ({_rate((stage.n - done) / took, unit)})" if amount and took > 1.0 else ""
         click.echo(f"{title}: {amount}{shown_duration(took)}{rate}", err=True)
 
     def note(self, message: str) -> None:
         say("note", message)
 
 
-class _Amount(rich_progress.ProgressColumn):
-    """`12,288 of 40,960 tokens`."""
+def _amount(n: float, unit: str, total: float | None = None) -> str:
+    """`12,288 of 40,960 tokens`, `1.2 GB of 3.5 GB`."""
+    if unit == "bytes":
+        return shown_bytes(n) if total is None else f"{shown_bytes(n)} of {shown_bytes(total)}"
+    return f"{n:,.0f} {unit}" if total is None else f"{n:,.0f} of {total:,.0f} {unit}"
 
+
+def _rate(speed: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{shown_bytes(speed)}/s"
+    return f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s"
+
+
+class _Amount(rich_progress.ProgressColumn):
     def render(self, task: rich_progress.Task) -> Text:
         unit = task.fields["unit"]
-        if not unit or task.total == 1:
-            return Text("")
-        of = "" if task.total is None else f" of {task.total:,.0f}"
-        return Text(f"{task.completed:,.0f}{of} {unit}", style="progress.download")
+        return Text("" if not unit or task.total == 1 else _amount(task.completed, unit, task.total), style="progress.download")
 
 
 class _Rate(rich_progress.ProgressColumn):
     """Units a second: over the last half minute while it runs, over all when it is done."""
 
     def render(self, task: rich_progress.Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if speed is None or not task.fields["unit"] or task.total == 1:
-            return Text("")
-        return Text(f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.1f}/s", style="progress.data.speed")
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        return Text("" if speed is None or not unit or task.total == 1 else _rate(speed, unit), style="progress.data.speed")
 
 
 class _Time(rich_progress.ProgressColumn):

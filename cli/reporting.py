@@ -48,7 +48,8 @@ def say(kind: str, message: str) -> None:
 def watched(ctx: click.Context) -> Iterator[None]:
     """Around all that a command does: whatever it raises ends in a message on stderr and an exit code (`click.exceptions.Exit`)."""
     try:
-        with _quiet_libraries(), _plain_warnings(), _sigterm_unwinds():
+        _quiet_libraries()
+        with _plain_warnings(), _sigterm_unwinds():
             try:
                 yield
             finally:
@@ -132,8 +133,7 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def _quiet_libraries() -> None:
     """Loggers of the model libraries say only what is an error, and they draw no bars where nobody looks. Users' own settings win."""
     defaults = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error"}
     if not stderr_is_terminal():
@@ -141,7 +141,6 @@ def _quiet_libraries() -> Iterator[None]:
     if not _debugging():
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
-    yield
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from knnstore.storage.checkpoint import Checkpoint
     from knnstore.store import Datastore
     from knnstore.store import open_store as open  # noqa: A004 - the front door's name
-    from knnstore.verify import verify
+    from knnstore.verification.datastore import verify
 
 _PLACES = {
     "Checkpoint": "knnstore.storage.checkpoint",
@@ -34,7 +34,7 @@ _PLACES = {
     "create": "knnstore.lm.create",
     "create_from_entries": "knnstore.entries",
     "open": "knnstore.store",
-    "verify": "knnstore.verify",
+    "verify": "knnstore.verification.datastore",
 }
 
 __all__ = [

@@ -1,9 +1,11 @@
 """Entries that come from elsewhere (own extractors, other kNN-LM datastores) → a datastore, without any model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 from uuid import uuid4
 
 import numpy as np
@@ -16,6 +18,7 @@ from knnstore.build import (
     IndexOptions,
     StagedSegment,
     begin_store,
+    choose_codec,
     commit_new_store,
     encode_runs,
     sample_rows,
@@ -33,11 +36,13 @@ from knnstore.storage.files import ArrayFile, disk
 from knnstore.storage.jobs import run_job
 from knnstore.storage.manifest import Manifest, Operation
 from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
-from knnstore.storage.space import Space
+from knnstore.storage.space import MIN_TRAINING, Space
 
 __all__ = ["EntryDocument", "create_from_entries"]
 
 Keys = NDArray[np.float32]
+
+_SPOOL = "keys.spool"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,7 @@ class EntryDocument:
     """A document, or the next stretch of the one before (same id and domain), in a batch of entries.
 
     n_entries: how many of the batch's entries are its. text: its decoded text as far as these entries go, with starts and ends
-    (n_entries,) the character offsets of each value in the whole document; None without text.
+    (n_entries,) the character offsets of each value in the whole document, rising; None without text.
     """
 
     id: str
@@ -81,27 +86,29 @@ def create_from_entries(
     options = options or IndexOptions()
     if not 1 <= dim <= 1 << 16:
         raise InvalidArgumentError(f"dim {dim}: use 1 to {1 << 16}.")
+    if vocab_size != checkpoint.vocab_size:
+        raise InvalidArgumentError(f"vocab_size {vocab_size}: the checkpoint has {checkpoint.vocab_size}.")
     if (training_keys is None) != (expected_entries is None):
         raise InvalidArgumentError("training_keys and expected_entries go together: give both or none.")
     arguments = {"command": "create_from_entries", "dim": dim, "checkpoint": asdict(checkpoint), **asdict(options)}
     store, store_uuid, name = begin_store(path, arguments)
     with run_job(store, name, arguments) as job:
         take_back(store, job)
-        for leftover in ("segments", "index", "keys.spool"):
+        for leftover in ("segments", "index", _SPOOL):
             disk.remove_tree(job / leftover)  # entries cannot be asked for again: such a job begins anew
         trained = None
         if training_keys is not None and expected_entries is not None:
-            trained = train_index(check_keys(training_keys, dim), expected_entries, options)
-        intake = _Intake(job, dim=dim, vocab_size=vocab_size, options=options, trained=trained)
-        with progress.stage("reading entries", total=expected_entries, unit="entries") as stage:
-            for keys, values, documents in batches:
-                stage.advance(intake.take(check_keys(keys, dim) if len(keys) else np.zeros((0, dim), np.float32), values, documents))
-        intake.end()
-        if not intake.n_entries:
-            raise InvalidArgumentError("no entries were given; a datastore has at least one.")
-        space, coarse = intake.encode_spool(progress) if trained is None else trained
-        save_index(job, space, coarse)
-        staged = intake.finish(space, coarse)
+            trained = train_index(_training_keys(training_keys, dim, expected_entries, options), expected_entries, options)
+        with _Intake(job, dim=dim, vocab_size=vocab_size, options=options, trained=trained) as intake:
+            with progress.stage("reading entries", total=expected_entries, unit="entries") as stage:
+                for keys, values, documents in batches:
+                    stage.advance(intake.take(check_keys(keys, dim) if len(keys) else np.zeros((0, dim), np.float32), values, documents))
+            intake.end()
+            if not intake.n_entries:
+                raise InvalidArgumentError("no entries were given; a datastore has at least one.")
+            space, coarse = intake.encode_spool(progress) if trained is None else trained
+            save_index(job, space, coarse)
+            staged = intake.finish(space, coarse)
         return commit_new_store(
             store,
             job,
@@ -124,6 +131,14 @@ def create_from_entries(
         )
 
 
+def _training_keys(training_keys: Any, dim: int, expected_entries: int, options: IndexOptions) -> Keys:
+    keys = check_keys(training_keys, dim)
+    least = MIN_TRAINING[choose_codec(expected_entries, options)]
+    if len(keys) < least:
+        raise InvalidArgumentError(f"training_keys: {len(keys)} keys; {options.codec} needs {least}. Give more, or none.")
+    return keys
+
+
 @dataclass(slots=True)
 class _Draft:
     """A segment whose documents are being written."""
@@ -135,21 +150,98 @@ class _Draft:
     first_key: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """The text of a document's entries in one batch. base: index of its first character in the document."""
+
+    text: str
+    base: int
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def cut(self, at: int, stop: int) -> dict[str, Any]:
+        """What belongs to the entries [at, stop): text from the first of them to the one after the last."""
+        begin = 0 if at == 0 else self._within(int(self.starts[at]))
+        # Where tokens share a character, it belongs to both sides.
+        end = len(self.text) if stop == len(self.starts) else self._within(max(int(self.starts[stop]), int(self.ends[stop - 1])))
+        text = self.text[begin:end]
+        return {"starts": self.starts[at:stop], "ends": self.ends[at:stop], "text": text, "text_start": self.base + begin}
+
+    def _within(self, character: int) -> int:
+        return min(max(character - self.base, 0), len(self.text))
+
+
+class _OpenDocument:
+    """A document whose entries are coming in. n_entries: those of the open part."""
+
+    def __init__(self, first: EntryDocument) -> None:
+        self.first = first
+        self.n_entries = 0
+        self._tokens_before = 0  # in the parts before
+        self._part = 0
+        self._n_chars = 0
+        self._hash = None if first.text is None else hashlib.sha256()
+
+    def stretch(self, document: EntryDocument) -> _Stretch | None:
+        """Its next entries' text, None where it has none. Raises InvalidArgumentError for offsets that do not fit it."""
+        if (document.text is None) != (self._hash is None):
+            raise InvalidArgumentError(f"document {document.id!r}: text comes with all of its entries or with none.")
+        if document.text is None or self._hash is None:
+            return None
+        base, n = self._n_chars, document.n_entries
+        try:
+            self._hash.update(document.text.encode())
+            starts, ends = np.asarray(document.starts, dtype=np.int64), np.asarray(document.ends, dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgumentError(f"document {document.id!r}: its text or offsets cannot be taken: {error}.") from error
+        self._n_chars += len(document.text)
+        if starts.shape != (n,) or ends.shape != (n,):
+            raise InvalidArgumentError(f"document {document.id!r}: text needs starts and ends of shape ({n},).")
+        rise = (np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all() and (starts <= ends).all()
+        if not (rise and starts[0] >= 0 and ends[-1] <= self._n_chars):
+            raise InvalidArgumentError(
+                f"document {document.id!r}: offsets must rise, start <= end, from 0 to the {self._n_chars} characters so far."
+            )
+        return _Stretch(document.text, base, starts, ends)
+
+    def end_part(self, *, last: bool) -> dict[str, Any]:
+        """The fields of the open part's record; the next part begins."""
+        fields = {
+            "id": self.first.id,
+            "source": self.first.source,
+            "prefix": (),
+            "metadata": dict(self.first.metadata),
+            "content_hash": self._hash.hexdigest() if last and self._hash else None,
+            "n_chars": self._n_chars if last and self._hash else None,
+            "part": self._part,
+            "last": last,
+            "first_token": self._tokens_before,
+        }
+        self._tokens_before, self.n_entries, self._part = self._tokens_before + self.n_entries, 0, self._part + 1
+        return fields
+
+
 class _Intake:
     """Takes batches of entries: documents go to segments at once, keys to a spool (or to codes, where there is an index already)."""
 
     def __init__(self, job: Path, *, dim: int, vocab_size: int, options: IndexOptions, trained: tuple[Space, Coarse | None] | None) -> None:
         self._job, self._dim, self._vocab_size, self._options, self._trained = job, dim, vocab_size, options, trained
-        self._spool = ArrayFile(job / "keys.spool", row_bytes=4 * dim)
+        self._spool = ArrayFile(job / _SPOOL, row_bytes=4 * dim)
         self._drafts: list[_Draft] = []
-        self._document: EntryDocument | None = None
-        self._document_entries = 0  # of the open document, in this part
-        self._document_tokens = 0  # of the open document, in all parts
-        self._document_chars = 0
-        self._part = 0
+        self._document: _OpenDocument | None = None
         self._seen: set[tuple[str, str]] = set()
         self.n_entries = 0
         self.documents: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._spool.close()
+        for draft in self._drafts:
+            draft.documents.close()
+            if draft.codes is not None:
+                draft.codes.close()
 
     def take(self, keys: Keys, values: Any, documents: Sequence[EntryDocument]) -> int:
         """One batch; returns its number of entries."""
@@ -162,53 +254,44 @@ class _Intake:
         for document in documents:
             if document.n_entries < 1:
                 raise InvalidArgumentError(f"document {document.id!r}: {document.n_entries} entries; leave empty documents out.")
-            self._take_document(document, keys[at : at + document.n_entries], tokens[at : at + document.n_entries])
-            at += document.n_entries
+            stop = at + document.n_entries
+            self._take_document(document, keys[at:stop], tokens[at:stop])
+            at = stop
         return len(keys)
 
     def _take_document(self, document: EntryDocument, keys: Keys, values: NDArray[Any]) -> None:
-        same = self._document is not None and (self._document.id, self._document.domain) == (document.id, document.domain)
-        if not same:
+        opened = self._document
+        if opened is None or (opened.first.id, opened.first.domain) != (document.id, document.domain):
             self._end_document()
             if (document.domain, document.id) in self._seen:
                 raise InvalidArgumentError(f"document {document.id!r} of domain {document.domain!r} comes twice; ids are unique.")
             self._seen.add((document.domain, document.id))
-            self._document, self._part, self._document_tokens, self._document_chars = document, 0, 0, 0
             self.documents[document.domain] = self.documents.get(document.domain, 0) + 1
-        starts, ends = _offsets(document)
+            opened = self._document = _OpenDocument(document)
+        stretch = opened.stretch(document)
         at = 0
         while at < len(keys):
             draft = self._open_draft()
             n = min(len(keys) - at, self._options.segment_entries - draft.documents.n_rows)
-            row = draft.documents.n_rows
-            if starts is None or ends is None or document.text is None:
-                draft.documents.add(values[at : at + n])
-            else:
-                base = self._document_chars
-                stop = base + len(document.text) if at + n == len(keys) else int(starts[at + n])
-                begin = base if at == 0 else int(starts[at])
-                piece = document.text[begin - base : stop - base]
-                draft.documents.add(values[at : at + n], starts=starts[at : at + n], ends=ends[at : at + n], text=piece, text_start=begin)
-            self._put_keys(draft, row, keys[at : at + n])
-            self._document_entries += n
-            self._document_tokens += n
+            self._put_keys(draft, keys[at : at + n])
+            draft.documents.add(values[at : at + n], **({} if stretch is None else stretch.cut(at, at + n)))
+            opened.n_entries += n
             at += n
-            if draft.documents.n_rows == self._options.segment_entries and at < len(keys):
-                self._end_part(last=False)
-        self._document_chars += len(document.text or "")
 
-    def _put_keys(self, draft: _Draft, row: int, keys: Keys) -> None:
+    def _put_keys(self, draft: _Draft, keys: Keys) -> None:
         if draft.codes is None or self._trained is None:
             self._spool.put(self.n_entries, keys)
         else:
             for at in range(0, len(keys), ENCODE_ROWS):
-                encode_runs(draft.codes, [row + at], [keys[at : at + ENCODE_ROWS]], *self._trained)
+                encode_runs(draft.codes, [draft.documents.n_rows + at], [keys[at : at + ENCODE_ROWS]], *self._trained)
         self.n_entries += len(keys)
 
     def _open_draft(self) -> _Draft:
         if self._drafts and self._drafts[-1].documents.n_rows < self._options.segment_entries:
             return self._drafts[-1]
-        self._finish_documents()
+        if self._document is not None and self._document.n_entries:
+            self._end_part(self._drafts[-1], self._document, last=False)
+        self._end_draft()
         uuid = uuid4().hex
         folder = self._job / "segments" / uuid
         documents = DocumentsWriter(folder, uuid=uuid, vocab_size=self._vocab_size)
@@ -220,66 +303,52 @@ class _Intake:
 
     def _end_document(self) -> None:
         if self._document is not None:
-            self._end_part(last=True)
+            self._end_part(self._drafts[-1], self._document, last=True)
             self._document = None
 
-    def _end_part(self, *, last: bool) -> None:
-        assert self._document is not None
-        draft, document = self._drafts[-1], self._document
-        draft.documents.end_document(
-            id=document.id,
-            source=document.source,
-            prefix=(),
-            metadata=dict(document.metadata),
-            content_hash="" if last else None,
-            n_chars=self._document_chars if last else None,
-            part=self._part,
-            last=last,
-            first_token=self._document_tokens - self._document_entries,
-        )
-        stop = draft.documents.n_rows
-        if draft.runs and draft.runs[-1][0] == document.domain:
-            draft.runs[-1] = (document.domain, draft.runs[-1][1], stop)
-        else:
-            draft.runs.append((document.domain, stop - self._document_entries, stop))
-        self._document_entries = 0
-        self._part += 1
+    def _end_part(self, draft: _Draft, document: _OpenDocument, *, last: bool) -> None:
+        draft.documents.end_document(**document.end_part(last=last))
+        domain, first, stop = document.first.domain, draft.runs[-1][2] if draft.runs else 0, draft.documents.n_rows
+        if draft.runs and draft.runs[-1][0] == domain:
+            first = draft.runs.pop()[1]
+        draft.runs.append((domain, first, stop))
 
-    def _finish_documents(self) -> None:
+    def _end_draft(self) -> None:
         if self._drafts:
-            self._drafts[-1].documents.finish()
+            draft = self._drafts[-1]
+            draft.documents.finish()
+            if draft.codes is not None:
+                draft.codes.trim(draft.documents.n_rows)
+                draft.codes.close()
 
     def end(self) -> None:
         """No more batches."""
         self._end_document()
-        self._finish_documents()
-
-    def _spooled(self) -> Iterator[tuple[_Draft, NDArray[np.float32]]]:
-        keys = map_file(self._job / "keys.spool").view("<f4").reshape(-1, self._dim)
-        for draft in self._drafts:
-            yield draft, keys[draft.first_key : draft.first_key + draft.documents.n_rows]
+        self._end_draft()
+        self._spool.close()
 
     def encode_spool(self, progress: Progress) -> tuple[Space, Coarse | None]:
         """Trains on a sample of all spooled keys, then encodes all."""
-        keys = map_file(self._job / "keys.spool").view("<f4").reshape(-1, self._dim)
+        keys = map_file(self._job / _SPOOL).view("<f4").reshape(-1, self._dim)
         sample = keys[sample_rows(self.n_entries, self._dim, self._options.seed)]
         space, coarse = train_index(sample, self.n_entries, self._options)
         with progress.stage("encoding", total=self.n_entries, unit="entries") as stage:
-            for draft, of_draft in self._spooled():
-                draft.codes = CodesWriter(draft.folder, n_rows=len(of_draft), space=space, keys=self._options.keep_keys)
-                for at in range(0, len(of_draft), ENCODE_ROWS):
-                    encode_runs(draft.codes, [at], [of_draft[at : at + ENCODE_ROWS]], space, coarse)
-                    stage.advance(len(of_draft[at : at + ENCODE_ROWS]))
+            for draft in self._drafts:
+                n_rows = draft.documents.n_rows
+                draft.codes = CodesWriter(draft.folder, n_rows=n_rows, space=space, keys=self._options.keep_keys)
+                for at in range(0, n_rows, ENCODE_ROWS):
+                    n = min(ENCODE_ROWS, n_rows - at)
+                    begin = draft.first_key + at
+                    encode_runs(draft.codes, [at], [keys[begin : begin + n]], space, coarse)
+                    stage.advance(n)
+                draft.codes.close()
         return space, coarse
 
     def finish(self, space: Space, coarse: Coarse | None) -> list[StagedSegment]:
         """Writes the lists of every segment."""
-        self._spool.close()
         staged = []
         for draft in self._drafts:
             assert draft.codes is not None
-            draft.codes.trim(draft.documents.n_rows)
-            draft.codes.close()
             finish_segment(
                 draft.folder,
                 uuid=draft.folder.name,
@@ -294,12 +363,3 @@ class _Intake:
             )
             staged.append(StagedSegment(draft.folder, tuple(draft.runs)))
         return staged
-
-
-def _offsets(document: EntryDocument) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    if document.text is None:
-        return None, None
-    starts, ends = np.asarray(document.starts, dtype=np.int64), np.asarray(document.ends, dtype=np.int64)
-    if starts.shape != (document.n_entries,) or ends.shape != starts.shape or (ends < starts).any():
-        raise InvalidArgumentError(f"document {document.id!r}: text needs starts and ends of shape ({document.n_entries},), start <= end.")
-    return starts, ends

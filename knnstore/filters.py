@@ -52,13 +52,16 @@ def allowed_rows(
     *,
     weights: Mapping[str, float] | None = None,
     where: Where | None = None,
-    exclude: Iterable[str | RowRange] | None = None,
+    exclude: str | RowRange | Iterable[str | RowRange] | None = None,
 ) -> list[RangeSet | None]:
     """For each segment the rows that count; None where all do.
 
-    where: metadata fields a document must have, with these values. exclude: document ids (in any domain) and row ranges.
-    Raises NotFoundError for a document that is not there, InvalidArgumentError for a range outside its segment.
+    where: metadata fields a document must have, with these values. exclude: document ids (in any domain) and row ranges; rows
+    beyond a segment's own are no harm. Raises NotFoundError for a document that is not there, InvalidArgumentError for a segment
+    that is not.
     """
+    if isinstance(exclude, str | RowRange):
+        exclude = [exclude]
     excluded: list[list[tuple[int, int]]] = [[] for _ in segments]
     for item in exclude or ():
         for rows in [item] if isinstance(item, RowRange) else find_document_rows(segments, item):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from knnstore.errors import InvalidArgumentError
 from knnstore.format import TOKEN_BITS
 from knnstore.storage.lists import labels_of, rows_of, tokens_of
-from knnstore.storage.rows import RangeSet, contains
+from knnstore.storage.rows import RangeSet, contains, count
 from knnstore.storage.segment import Segment
 
 __all__ = ["MAX_K", "Hits", "check_breadth", "check_keys", "search"]
@@ -43,12 +43,17 @@ class Hits:
 
 def check_keys(keys: Any, dim: int) -> Keys:
     """Queries as (n, dim) float32; one key (dim,) becomes (1, dim). Raises InvalidArgumentError for another shape or non-finite keys."""
-    array = np.asarray(keys)
+    try:
+        array = np.asarray(keys)
+    except (TypeError, ValueError) as error:  # rows of different lengths, a tensor that numpy cannot see
+        raise InvalidArgumentError(f"keys are not an array: {error}. The datastore's keys are (n, {dim}) numbers.") from error
+    shape = array.shape
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2 or array.shape[1] != dim or array.dtype.kind not in "fiu":
-        raise InvalidArgumentError(f"keys of shape {np.shape(keys)} and type {array.dtype}: the datastore's keys are (n, {dim}) numbers.")
-    array = np.ascontiguousarray(array, dtype=np.float32)
+        raise InvalidArgumentError(f"keys of shape {shape} and type {array.dtype}: the datastore's keys are (n, {dim}) numbers.")
+    with np.errstate(over="ignore"):  # said below
+        array = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(array).all():
         raise InvalidArgumentError("a key is not finite (NaN or infinity). Compute keys in float32, or check the model.")
     return array
@@ -115,19 +120,31 @@ def _segment_top(
     segment.lists.check(probe[1])
     if rows is None or len(rows) <= MAX_SELECTOR_RANGES:
         return _faiss_top(segment, x, probe, k, rows)
-    fetch = min(2 * k, segment.content.entries)
-    while True:
-        distances, labels = _faiss_top(segment, x, probe, fetch, None)
-        counts = (labels >= 0) & contains(rows, rows_of(labels))
-        # Enough were found, or the lists that were probed hold no more.
-        if fetch >= segment.content.entries or bool(((counts.sum(axis=1) >= k) | (labels[:, -1] < 0)).all()):
+    return _filtered_top(segment, rows, x, probe, k)
+
+
+def _filtered_top(segment: Segment, rows: RangeSet, x: Keys, probe: tuple[Keys, Labels], k: int) -> tuple[NDArray[np.float32], Labels]:
+    """Fetches more than k and keeps the rows that count; queries left with too few are asked again, for more."""
+    distances, labels = np.full((len(x), k), np.inf, np.float32), np.full((len(x), k), -1, np.int64)
+    most = int(segment.lists.sizes[probe[1]].sum(axis=1).max(initial=1))  # entries of the lists that are searched
+    fetch = min(most, k + k * segment.content.entries // count(rows))
+    pending = np.arange(len(x))
+    while len(pending):
+        step = max(1, RESULT_CELLS // fetch)
+        short = []
+        for at in range(0, len(pending), step):
+            some = pending[at : at + step]
+            near, found = _faiss_top(segment, x[some], (probe[0][some], probe[1][some]), fetch, None)
+            counts = contains(rows, rows_of(found))  # (some, fetch); not where nothing was found
+            order = np.argsort(~counts, axis=1, kind="stable")[:, :k]
+            kept, width = np.take_along_axis(counts, order, 1), order.shape[1]
+            distances[some, :width] = np.where(kept, np.take_along_axis(near, order, 1), np.float32(np.inf))
+            labels[some, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
+            short.append(some[(counts.sum(axis=1) < k) & (found[:, -1] >= 0)])
+        if fetch == most:
             break
-        fetch = min(4 * fetch, segment.content.entries)
-    order = np.argsort(~counts, axis=1, kind="stable")[:, :k]
-    distances, labels = np.take_along_axis(distances, order, 1), np.take_along_axis(labels, order, 1)
-    beyond = ~np.take_along_axis(counts, order, 1)
-    distances[beyond], labels[beyond] = np.inf, -1
-    return _widen(distances, labels, k)
+        pending, fetch = np.concatenate(short), min(4 * fetch, most)
+    return distances, labels
 
 
 def _faiss_top(segment: Segment, x: Keys, probe: tuple[Keys, Labels], k: int, rows: RangeSet | None) -> tuple[NDArray[np.float32], Labels]:
@@ -179,14 +196,6 @@ def _sort_ties(distances: NDArray[np.float32], labels: Labels, n_rows: int) -> N
     flat[at] = of_group[order]
 
 
-def _widen(distances: NDArray[np.float32], labels: Labels, k: int) -> tuple[NDArray[np.float32], Labels]:
-    short = k - distances.shape[1]
-    if short <= 0:
-        return distances, labels
-    pad = ((0, 0), (0, short))
-    return np.pad(distances, pad, constant_values=np.inf), np.pad(labels, pad, constant_values=-1)
-
-
 def _merge(found: Sequence[tuple[int, NDArray[np.float32], Labels]], n: int, k: int) -> Hits:
     """The k smallest over segments by (distance, segment, row); each part is sorted by (distance, row)."""
     if not found:
@@ -206,8 +215,8 @@ def _merge(found: Sequence[tuple[int, NDArray[np.float32], Labels]], n: int, k: 
 
 
 def _exact(segment: Segment, rows: RangeSet | None, keys: Keys, k: int) -> tuple[NDArray[np.float32], Labels]:
-    """By brute force over kept keys, in float64; ties go to the smallest row."""
-    n = len(keys)
+    """By brute force over kept keys, in float64 rounded to float32; ties go to the smallest row."""
+    n, dim = keys.shape
     queries = keys.astype(np.float64)
     query_norms = np.square(queries).sum(axis=1)
     best = np.full((n, k), np.inf, np.float32)
@@ -215,28 +224,43 @@ def _exact(segment: Segment, rows: RangeSet | None, keys: Keys, k: int) -> tuple
     ranges = [(0, segment.content.entries)] if rows is None else [(int(a), int(b)) for a, b in rows]
     for first, stop in ranges:
         for at in range(first, stop, EXACT_ROWS):
-            end = min(at + EXACT_ROWS, stop)
-            stored = segment.exact_keys(at, end).astype(np.float64)
-            squares = query_norms[:, None] - 2.0 * (queries @ stored.T) + np.square(stored).sum(axis=1)
-            distances = np.maximum(squares, 0.0).astype(np.float32)  # (n, rows)
-            _take_in(best, best_rows, distances, at)
+            stored = segment.exact_keys(at, min(at + EXACT_ROWS, stop)).astype(np.float64)
+            norms = np.square(stored).sum(axis=1)
+            rough = query_norms[:, None] - 2.0 * (queries @ stored.T) + norms  # (n, rows)
+            slack = 4 * dim * np.finfo(np.float64).eps * (query_norms + norms.max())  # what its rounding may be
+            for i in range(n):
+                _take_in(best[i], best_rows[i], queries[i], stored, rough[i], float(slack[i]), at)
     found = best_rows >= 0
-    values = segment.values
     tokens = np.zeros(best_rows.shape, np.int64)
-    tokens[found] = values.rows(0, len(values))[:, 0][best_rows[found]]
+    tokens[found] = segment.values.rows(0, segment.content.entries)[:, 0][best_rows[found]]
     return best, np.where(found, labels_of(best_rows, tokens), -1)
 
 
-def _take_in(best: NDArray[np.float32], best_rows: Labels, distances: NDArray[np.float32], first_row: int) -> None:
-    """Merges a run of rows into the best k so far, in place, keeping the smaller row where distances tie."""
-    k = best.shape[1]
-    for i in range(len(best)):  # a query at a time: each keeps another number of candidates
-        candidates = np.flatnonzero(distances[i] < best[i, -1])
-        if len(candidates) > k:
-            bound = np.partition(distances[i, candidates], k - 1)[k - 1]
-            candidates = candidates[distances[i, candidates] <= bound]
-        if len(candidates):
-            both = np.concatenate((best[i], distances[i, candidates]))
-            both_rows = np.concatenate((best_rows[i], candidates + first_row))
-            order = np.argsort(both, kind="stable")[:k]
-            best[i], best_rows[i] = both[order], both_rows[order]
+def _take_in(
+    best: NDArray[np.float32],
+    best_rows: Labels,
+    query: NDArray[np.float64],
+    stored: NDArray[np.float64],
+    rough: NDArray[np.float64],
+    slack: float,
+    first_row: int,
+) -> None:
+    """Merges a run of rows into the best k of one query so far, in place, keeping the smaller row where distances tie.
+
+    rough: (rows,) distances by the expanded square. It rounds equal keys differently, so it only says which rows to measure.
+    """
+    k = len(best)
+    candidates = np.flatnonzero(rough <= _reach(float(best[-1]), slack))
+    if len(candidates) > k:
+        kth = float(np.partition(rough[candidates], k - 1)[k - 1])
+        candidates = candidates[rough[candidates] <= _reach(kth, slack)]
+    distances = np.square(stored[candidates] - query).sum(axis=1).astype(np.float32)
+    both = np.concatenate((best, distances))
+    both_rows = np.concatenate((best_rows, candidates + first_row))
+    order = np.argsort(both, kind="stable")[:k]
+    best[:], best_rows[:] = both[order], both_rows[order]
+
+
+def _reach(distance: float, slack: float) -> float:
+    """What a rough distance may be whose true one rounds to this float32 or less."""
+    return distance * (1 + 2.0**-22) + 2 * slack

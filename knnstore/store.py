@@ -75,7 +75,7 @@ class Datastore:
         nprobe: int | None = None,
         domains: filters.Domains | None = None,
         where: filters.Where | None = None,
-        exclude: Iterable[str | filters.RowRange] | None = None,
+        exclude: str | filters.RowRange | Iterable[str | filters.RowRange] | None = None,
         exact: bool = False,
     ) -> Neighbors:
         """The k nearest entries of each key.

@@ -9,6 +9,8 @@ from hypothesis import settings
 # Read by the libraries when they are imported, and by child processes.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# torch and faiss each have an OpenMP pool, and threads that spin while they wait take each other's cores: five times slower on two.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # No deadline: the first example of a test may load a library. In CI the examples are the same each time.
 settings.register_profile("local", deadline=None, max_examples=40)

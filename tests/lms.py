@@ -1,9 +1,11 @@
 """Small language models with tokenizers, corpora and progress that tests of the model wing share."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from knnstore.store import Datastore
 
 SAMPLE = Path(__file__).parents[1] / "knnstore" / "samples" / "a-christmas-carol.txt"
 END = "<|endoftext|>"
@@ -143,3 +147,53 @@ def killing(title: str, at: int) -> Recorder:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return Recorder(kill)
+
+
+# --- what a store holds, read from its files by hand
+
+
+@dataclass(frozen=True)
+class Content:
+    """documents: (id, source, entries, metadata), in row order; texts: of each; values, keys: of all rows; spans: (rows, 2) characters."""
+
+    documents: list[tuple[str, str, int, dict]]
+    texts: list[str]
+    values: np.ndarray
+    keys: np.ndarray | None
+    spans: np.ndarray
+
+
+def content_of(store: Datastore) -> Content:
+    """Everything a store holds. Values and keys are read past the 64-byte headers of their files; text by way of the reader."""
+    values, keys, spans, texts, ids = [], [], [], [], []
+    for segment in store.segments:
+        kind = {"u16": "<u2", "u32": "<u4"}[segment.content.values]
+        n = segment.content.entries
+        values.append(np.fromfile(segment.folder / "values.bin", kind, n, offset=64).astype(np.int64))
+        if segment.content.keys == "f32":
+            flat = np.fromfile(segment.folder / "keys.bin", "<f4", n * store.dim, offset=64)
+            keys.append(flat.reshape(n, store.dim))
+        for record in segment.contexts.documents():
+            span = segment.contexts.span(record.first_row, record.first_row + record.n_entries)
+            spans.append(np.stack([span.starts, span.ends], axis=1))
+            if record.part == 0:
+                texts.append(span.text)
+                ids.append(record.id)
+            else:  # a character that tokens of both parts share stands in both
+                assert record.id == ids[-1]
+                texts[-1] = texts[-1][: span.base] + span.text
+    documents = [(found.id, found.source, found.entries, found.metadata) for found in store.documents()]
+    assert [found[0] for found in documents] == ids
+    return Content(documents, texts, np.concatenate(values), np.concatenate(keys) if keys else None, np.concatenate(spans))
+
+
+# --- processes of their own
+
+
+def in_child(function: Callable[..., None], *arguments: object) -> "multiprocessing.process.BaseProcess":
+    """Starts a function of a test module in another process: one that libraries were loaded into before, and no thread was started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["knnstore.lm.create", "knnstore.lm.knnlm", "transformers.models.gpt2.modeling_gpt2"])
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process

@@ -41,7 +41,7 @@ from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.contexts import ContextsReader
 from knnstore.storage.files import disk
-from knnstore.storage.jobs import run_job
+from knnstore.storage.jobs import job_name, run_job
 from knnstore.storage.manifest import Operation, WindowRule
 from knnstore.storage.segment import Segment
 from knnstore.storage.segment_writer import CodesWriter, finish_segment, tidy_segment
@@ -101,16 +101,19 @@ def create(
     inputs = corpora if isinstance(corpora, CorpusInputs) else list_inputs(corpora, stdin_name=name)
     for ignored in inputs.ignored:
         progress.note(f"{ignored.source}: left out ({ignored.reason})")
-    loaded = load_language_model(
-        model, tokenizer=tokenizer, revision=revision, token=token, cache_dir=cache_dir, device=device, dtype=dtype
-    )
+    with progress.stage("loading the model", total=None, unit="models") as stage:
+        loaded = load_language_model(
+            model, tokenizer=tokenizer, revision=revision, token=token, cache_dir=cache_dir, device=device, dtype=dtype
+        )
+        stage.advance(1)
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.checkpoint.name}: it came without a tokenizer. Give one with tokenizer=.")
     windows = _window_rule(loaded, context, stride)
     embedder = Embedder(loaded, key_layer)
     arguments: dict[str, Any] = {
         "command": "create",
-        "inputs": [_fingerprint(file) for file in inputs],
+        "corpora": _short_list([file.source for file in inputs]),
+        "content": job_name({"files": [_fingerprint(file) for file in inputs]})[:12],
         "domain": domain,
         "model": loaded.checkpoint.identity,
         "model_name": loaded.checkpoint.name,
@@ -121,8 +124,8 @@ def create(
         **asdict(windows),
         **asdict(options),
     }
-    store, store_uuid, job_name = begin_store(path, arguments)
-    with run_job(store, job_name, arguments) as job:
+    store, store_uuid, job_id = begin_store(path, arguments)
+    with run_job(store, job_id, arguments) as job:
         take_back(store, job)
         work = _Creation(job, DocumentTokenizer(loaded.tokenizer, eos=eos), embedder, windows, options, progress)
         reading = work.read(inputs)
@@ -144,7 +147,7 @@ def create(
             store_uuid=store_uuid,
             operation=Operation(
                 name="create",
-                arguments={"corpora": sorted({file.source for file in inputs})[:100], "domain": domain, "codec": codec, "seed": seed},
+                arguments={"corpora": _short_list([file.source for file in inputs]), "domain": domain, "codec": codec, "seed": seed},
                 counts={
                     "documents": reading.documents,
                     "entries": reading.entries,
@@ -161,6 +164,11 @@ def create(
             nprobe=DEFAULT_NPROBE,
         )
     return open_store(path)
+
+
+def _short_list(names: list[str]) -> list[str]:
+    """Some names for a person."""
+    return names if len(names) <= 4 else [*names[:3], f"and {len(names) - 3} more"]
 
 
 def _fingerprint(file: CorpusFile) -> list[str | int]:

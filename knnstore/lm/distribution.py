@@ -97,8 +97,9 @@ def knn_gold_log_probs(
 ) -> Array:
     """Log p_kNN of one token for each query, without a (n, vocab) matrix. gold: (n,) token ids. Returns (n,) float64, -inf for 0."""
     weights = neighbor_weights(distances, values, temperature=temperature, log_weights=log_weights)
+    p: Array = np.where(values == np.asarray(gold)[:, None], weights, 0.0).sum(axis=1)
     with np.errstate(divide="ignore"):
-        return np.log(np.where(values == np.asarray(gold)[:, None], weights, 0.0).sum(axis=1))
+        return np.log(p)
 
 
 def mix(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lmbda: ArrayLike) -> Array:
@@ -133,5 +134,5 @@ def mix_gold(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lambdas: ArrayLike, *, f
 def log_softmax(logits: Any) -> Array:
     """Log-probabilities of logits (n, vocab) in float64."""
     scores = np.asarray(logits, np.float64)
-    shifted = scores - scores.max(axis=-1, keepdims=True)
+    shifted: Array = scores - scores.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

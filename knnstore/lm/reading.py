@@ -4,6 +4,7 @@ This part of a job is continued at the last segment that was finished, so that t
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def read_corpus(
     reader = _Reader(
         job, tokenizer=tokenizer, vocab_size=vocab_size, prefix_tokens=prefix_tokens, segment_entries=segment_entries
     )
-    with progress.stage("reading and tokenizing", total=None, unit="tokens", done=reader.n_rows) as stage:
+    with closing(reader), progress.stage("reading and tokenizing", total=None, unit="tokens", done=reader.n_rows) as stage:
         for document in read_documents(files):
             reader.take(document, stage)
         reader.finish()
@@ -162,7 +163,7 @@ class _Reader:
         self._hashes[document.id] = bytes.fromhex(content.hexdigest())[:16]
         self._done(index)
         if self._draft is not None and self._draft.n_rows == self._segment_entries:
-            self._close()
+            self._finish_draft()
 
     def _done(self, index: int) -> None:
         cursor = self._cursor
@@ -196,7 +197,7 @@ class _Reader:
                 if draft.n_rows == self._segment_entries and not (at == n_all and stretch.last):
                     self._end_part(document, prefix, first_value + cursor.tokens_done, None, None)
                     cursor.tokens_done, cursor.part = passed, cursor.part + 1
-                    self._close()
+                    self._finish_draft()
         if not passed:
             reason = "empty" if not content.n_chars else "one token, which has nothing before it to predict it from"
             self._skipped.append([document.id, document.source, reason])
@@ -256,9 +257,9 @@ class _Reader:
             first_token=first_token,
         )
 
-    def _close(self) -> None:
+    def _finish_draft(self) -> None:
         """Makes the open draft durable: a kill after this loses nothing of it."""
-        draft, self._draft = self._draft, None
+        draft = self._draft
         if draft is None:
             return
         draft.finish()
@@ -274,10 +275,11 @@ class _Reader:
         _write_json(draft.folder, _DRAFT_FILE, fields)
         disk.sync_folder(draft.folder.parent)
         self._segments.append({"uuid": draft.uuid, "rows": draft.n_rows, "documents": draft.n_documents})
+        self._draft = None
 
     def finish(self) -> None:
         """The corpus is read."""
-        self._close()
+        self._finish_draft()
         fields = {
             "documents": self._cursor.documents,
             "repeated": self._cursor.repeated,
@@ -285,6 +287,11 @@ class _Reader:
             "skipped": self._skipped,
         }
         _write_json(self._job, _READ_FILE, fields)
+
+    def close(self) -> None:
+        """Gives up a draft that is not finished."""
+        if self._draft is not None:
+            self._draft.close()
 
 
 def _add(draft: DocumentsWriter, stretch: _Stretch, at: int, n: int) -> None:

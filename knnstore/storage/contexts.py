@@ -1,4 +1,4 @@
-"""`contexts.lmdb`: the documents of a segment and their text, written once, then read without a lock.
+"""`contexts.lmdb`: the documents of a segment and their text, written once (`contexts_writer`), then read without a lock.
 
 Three databases. `documents`: first row → the document's record. `ids`: hash of the id, then first row → nothing. `text`: first
 row of a frame → where each token of the frame stands, and the text from its first token to the next frame. Rows are u64
@@ -6,7 +6,6 @@ big-endian, so that they sort. In the main database, `first_rows` holds the firs
 """
 
 import hashlib
-import json
 import os
 import struct
 import threading
@@ -21,20 +20,15 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from knnstore.errors import DamageError, InvalidArgumentError, StorageError
-from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX, TEXT_FRAME_PACKED, TEXT_FRAME_RAW
-from knnstore.storage.files import adopt
-from knnstore.storage.parse import parse_json_bytes, parse_list, parse_object, parse_size, parse_text
+from knnstore.errors import DamageError
+from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX
+from knnstore.storage.parse import parse_flag, parse_hex, parse_json_bytes, parse_list, parse_mapping, parse_object, parse_size, parse_text
 
-__all__ = ["ContextsReader", "ContextsWriter", "DocumentRecord", "Span"]
+__all__ = ["FRAME", "WIDTHS", "ContextsReader", "DocumentRecord", "Span", "id_hash", "row_key"]
 
 _ROW = struct.Struct(">Q")
-_FRAME = struct.Struct("<IIQBBH")  # tokens, characters before the text's own, ... see _pack_frame
-_LEVEL = 12  # zstd: 2% larger than 19 and several times faster
-_WIDTHS: tuple[np.dtype[Any], ...] = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8"))
-_MAP_STEP = 1 << 28  # bytes the map grows by when it is full (address space, not disk)
-_FEED = 8_192  # tokens looked at while a frame is cut
-_COMMIT_BYTES = 1 << 26  # bytes put in one transaction: bounds its dirty pages
+FRAME = struct.Struct("<IIQBBH")  # tokens, bytes of text, index of its first character, widths of gaps and lengths, 0
+WIDTHS: tuple[np.dtype[Any], ...] = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +37,8 @@ class DocumentRecord:
 
     first_row: its first entry in the segment. n_entries: entries of this part. prefix: the token ids before the first entry
     (BOS, or the first token, or what a later part needs to see). part: 0 for the first; last: whether it is the last part.
-    first_token: index in the document of the part's first entry's value. content_hash: 64 hex digits over the decoded text,
-    on the last part only (None before). n_chars: characters of the whole text, on the last part only.
+    first_token: index in the document of the part's first entry's value. content_hash: sha256 of the decoded text, 64 hex digits,
+    and n_chars: its characters; both on the last part only, None before it and where there is no text.
     """
 
     id: str
@@ -82,180 +76,6 @@ def id_hash(document_id: str) -> bytes:
 def row_key(row: int) -> bytes:
     """8 bytes that sort as rows do."""
     return _ROW.pack(row)
-
-
-def _narrow(numbers: NDArray[np.int64]) -> tuple[int, bytes]:
-    width = next(i for i, dtype in enumerate(_WIDTHS) if not len(numbers) or int(numbers.max()) < 1 << 8 * dtype.itemsize)
-    return width, numbers.astype(_WIDTHS[width]).tobytes()
-
-
-class ContextsWriter:
-    """Writes one segment's documents in row order. Not durable until `finish`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._map_size = _MAP_STEP
-        try:
-            self._env = lmdb.open(
-                str(path), subdir=False, map_size=self._map_size, max_dbs=3, lock=False, sync=False, metasync=False, writemap=False
-            )
-            self._documents, self._ids, self._text = (self._env.open_db(name) for name in (b"documents", b"ids", b"text"))
-        except lmdb.Error as error:
-            raise StorageError(f"{path}: cannot create: {error}. Check the path and its permissions.") from error
-        self._pending: list[tuple[Any, bytes, bytes]] = []
-        self._pending_bytes = 0
-        self._first_rows: list[int] = []
-        self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
-        self._hashes: list[bytes] = []
-        self._ratio = 0.5  # packed size over raw size so far: the first guess for the next frame
-        self._frame = _OpenFrame()
-
-    def add_tokens(self, first_row: int, starts: NDArray[np.int64], ends: NDArray[np.int64], text: str, text_start: int) -> None:
-        """The next entries of the open document: character offsets (n,) in its whole text; text begins at character text_start.
-
-        Calls follow each other without gaps in rows and text. An entry of no character (EOS) has start = end.
-        """
-        n, at = len(starts), 0
-        for first in range(0, n, _FEED):  # in pieces, so that the cost of cutting frames does not grow with the call
-            stop = min(first + _FEED, n)
-            to = len(text) if stop == n else min(max(int(starts[stop]) - text_start, at), len(text))
-            self._frame.extend(first_row + first, starts[first:stop], ends[first:stop], text[at:to], text_start + at)
-            at = to
-            while self._frame.raw_size() >= 2 * TEXT_FRAME_RAW:
-                self._put_frame()
-
-    def end_document(self, record: DocumentRecord) -> None:
-        """Ends the open document (or part): its last frames, its record."""
-        while self._frame.n_tokens:
-            self._put_frame()
-        self._frame = _OpenFrame()
-        fields = {
-            "chars": record.n_chars,
-            "entries": record.n_entries,
-            "first_token": record.first_token,
-            "hash": record.content_hash,
-            "id": record.id,
-            "last": record.last,
-            "metadata": record.metadata,
-            "part": record.part,
-            "prefix": list(record.prefix),
-            "source": record.source,
-        }
-        raw = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), sort_keys=True).encode()
-        key = _ROW.pack(record.first_row)
-        self._put(self._documents, key, self._zstd.compress(raw))
-        self._hashes.append(id_hash(record.id) + key)
-        self._first_rows.append(record.first_row)
-
-    def finish(self) -> None:
-        """Writes what is left, closes, and makes the file durable. The file has no lock file and no free pages to speak of."""
-        for key in sorted(self._hashes):
-            self._put(self._ids, key, b"\0")
-        self._put(None, b"first_rows", np.array(self._first_rows, "<u8").tobytes())
-        self._flush()
-        self._env.close()
-        adopt(self.path)
-
-    def close(self) -> None:
-        """Gives up an unfinished file."""
-        self._env.close()
-
-    def _put_frame(self) -> None:
-        frame = self._frame
-        n, raw, packed = frame.n_tokens, b"", b""
-        for _ in range(8):
-            n = frame.fitting(n, int(TEXT_FRAME_PACKED / self._ratio))
-            raw = frame.pack(n)
-            packed = self._zstd.compress(raw)
-            self._ratio = 0.9 * self._ratio + 0.1 * len(packed) / len(raw)
-            if len(packed) <= TEXT_FRAME_PACKED or n == 1:
-                break
-            n = max(1, min(n - 1, int(n * TEXT_FRAME_PACKED / len(packed))))
-        if len(raw) > TEXT_FRAME_MAX:
-            raise InvalidArgumentError(f"{self.path}: a token spans {len(raw)} bytes of text; {TEXT_FRAME_MAX} are the most.")
-        self._put(self._text, _ROW.pack(frame.first_row), packed)
-        frame.drop(n)
-
-    def _put(self, database: Any, key: bytes, content: bytes) -> None:
-        self._pending.append((database, key, content))
-        self._pending_bytes += len(content) + len(key)
-        if self._pending_bytes > _COMMIT_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        pending = sorted(self._pending, key=lambda item: (id(item[0]), item[1]))
-        while True:
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for database, key, content in pending:
-                        transaction.put(key, content, db=database, append=database is not None)
-                break
-            except lmdb.MapFullError:
-                self._map_size += max(_MAP_STEP, 2 * self._pending_bytes)
-                self._env.set_mapsize(self._map_size)
-            except lmdb.Error as error:
-                raise StorageError(f"{self.path}: cannot write: {error}. Free some space and try again.") from error
-        self._pending, self._pending_bytes = [], 0
-
-
-class _OpenFrame:
-    """Entries and text of the open document that are not in a frame yet."""
-
-    def __init__(self) -> None:
-        self.first_row = 0
-        self.starts = np.zeros(0, np.int64)
-        self.ends = np.zeros(0, np.int64)
-        self.text = ""
-        self.base = 0  # character index of text[0] in the document
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.starts)
-
-    def raw_size(self) -> int:
-        return 2 * self.n_tokens + len(self.text)
-
-    def extend(self, first_row: int, starts: NDArray[np.int64], ends: NDArray[np.int64], text: str, text_start: int) -> None:
-        if not self.n_tokens:
-            self.first_row = first_row
-        if not self.n_tokens and not self.text:
-            self.base = text_start
-        self.starts = np.concatenate((self.starts, starts))
-        self.ends = np.concatenate((self.ends, ends))
-        self.text += text
-
-    def _text_stop(self, n: int) -> int:
-        """Where the text of a frame of n tokens ends: at the next token's first character, or with the text."""
-        if n >= self.n_tokens:
-            return self.base + len(self.text)
-        return min(max(int(self.starts[n]), self.base), self.base + len(self.text))
-
-    def fitting(self, most: int, raw_bytes: int) -> int:
-        """The most tokens, up to `most`, whose frame stays under raw_bytes and 4 KiB, not cut within a shared character; at least 1."""
-        limit = min(raw_bytes, TEXT_FRAME_RAW) - _FRAME.size
-        sizes = 2 * np.arange(1, self.n_tokens + 1) + (np.append(self.starts[1:], self.base + len(self.text)) - self.base)
-        n = min(most, max(1, int(np.searchsorted(np.maximum.accumulate(sizes), limit, side="right"))))
-        cut = n
-        while 1 < cut < self.n_tokens and self.starts[cut] < self.ends[cut - 1]:
-            cut -= 1  # tokens of one character (an emoji in bytes) stay in one frame
-        return cut if cut > 1 or n == 1 else n
-
-    def pack(self, n: int) -> bytes:
-        """The raw frame of the first n tokens (docs/format-v1.md, "Text frames")."""
-        starts, ends = self.starts[:n], self.ends[:n]
-        gaps = starts - np.concatenate(([self.base], ends[:-1]))
-        gap_width, gap_bytes = _narrow((gaps << 1) ^ (gaps >> 63))  # zigzag: a gap is negative where tokens share a character
-        length_width, length_bytes = _narrow(ends - starts)
-        text = self.text[: self._text_stop(n) - self.base].encode("utf-8", "surrogatepass")
-        head = _FRAME.pack(n, len(text), self.base, gap_width, length_width, 0)
-        return head + gap_bytes + length_bytes + text
-
-    def drop(self, n: int) -> None:
-        stop = self._text_stop(n)
-        self.text = self.text[stop - self.base :]
-        self.base = stop
-        self.first_row += n
-        self.starts, self.ends = self.starts[n:], self.ends[n:]
 
 
 @dataclass(slots=True)
@@ -394,22 +214,22 @@ class ContextsReader:
             raise DamageError(f"{self.path}: a frame does not decompress: {error}. Run `knnstore verify`.") from error
 
     def _unpack_frame(self, raw: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64], str, int]:
-        if len(raw) < _FRAME.size:
+        if len(raw) < FRAME.size:
             raise DamageError(f"{self.path}: a text frame of {len(raw)} bytes. Run `knnstore verify`.")
-        n, text_bytes, base, gap_width, length_width, _ = _FRAME.unpack(raw[: _FRAME.size])
-        if max(gap_width, length_width) >= len(_WIDTHS):
+        n, text_bytes, base, gap_width, length_width, _ = FRAME.unpack(raw[: FRAME.size])
+        if max(gap_width, length_width) >= len(WIDTHS):
             raise DamageError(f"{self.path}: a text frame with integers of unknown width. Run `knnstore verify`.")
-        gap_type, length_type = _WIDTHS[gap_width], _WIDTHS[length_width]
-        at = _FRAME.size + n * gap_type.itemsize
+        gap_type, length_type = WIDTHS[gap_width], WIDTHS[length_width]
+        at = FRAME.size + n * gap_type.itemsize
         stop = at + n * length_type.itemsize
         if len(raw) != stop + text_bytes:
             raise DamageError(f"{self.path}: a text frame whose sizes do not add up. Run `knnstore verify`.")
-        zigzag = np.frombuffer(raw, gap_type, n, _FRAME.size).astype(np.int64)
+        zigzag = np.frombuffer(raw, gap_type, n, FRAME.size).astype(np.int64)
         lengths = np.frombuffer(raw, length_type, n, at).astype(np.int64)
         gaps = (zigzag >> 1) ^ -(zigzag & 1)
         ends = base + np.cumsum(gaps + lengths)
         try:
-            text = raw[stop:].decode("utf-8", "surrogatepass")
+            text = raw[stop:].decode()
         except UnicodeDecodeError as error:
             raise DamageError(f"{self.path}: a text frame that is not UTF-8: {error}. Run `knnstore verify`.") from error
         return ends - lengths, ends, text, base
@@ -426,10 +246,10 @@ def _parse_document(raw: bytes, first_row: int, at: str) -> DocumentRecord:
         first_row=first_row,
         n_entries=parse_size(fields["entries"], f"{at}.entries"),
         prefix=prefix,
-        metadata=dict(fields["metadata"]) if isinstance(fields["metadata"], dict) else {},
-        content_hash=None if fields["hash"] is None else parse_text(fields["hash"], f"{at}.hash"),
+        metadata=parse_mapping(fields["metadata"], f"{at}.metadata"),
+        content_hash=None if fields["hash"] is None else parse_hex(fields["hash"], f"{at}.hash", 64),
         n_chars=None if fields["chars"] is None else parse_size(fields["chars"], f"{at}.chars"),
         part=parse_size(fields["part"], f"{at}.part"),
-        last=fields["last"] is True,
+        last=parse_flag(fields["last"], f"{at}.last"),
         first_token=parse_size(fields["first_token"], f"{at}.first_token"),
     )

@@ -32,7 +32,8 @@ from knnstore.format import (
 )
 from knnstore.storage.arrays import MappedArray, checksums, map_file, to_bfloat16
 from knnstore.storage.coarse import Coarse
-from knnstore.storage.contexts import ContextsWriter, DocumentRecord
+from knnstore.storage.contexts import DocumentRecord
+from knnstore.storage.contexts_writer import ContextsWriter
 from knnstore.storage.files import ArrayFile, FileWriter, disk, sha256_file, write_file
 from knnstore.storage.lists import write_lists
 from knnstore.storage.manifest import FileRecord, SegmentContent, WindowRule
@@ -192,6 +193,8 @@ class CodesWriter:
         for file in (self._codes, self._lists, self._keys):
             if file is not None:
                 file.sync()
+        if not self._journal_size:
+            disk.sync_folder(self.folder)  # their names, before the journal counts on them
         entry = {
             "distortion": self.distortion_sum - self._saved_sum,
             "measured": self.distortion_count - self._saved_count,

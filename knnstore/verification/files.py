@@ -3,6 +3,7 @@
 A mapped file that is cut, or lies on a bad sector, kills the process that touches it; a read only fails.
 """
 
+import dataclasses
 import hashlib
 import os
 import stat
@@ -15,10 +16,23 @@ from pathlib import Path
 import lmdb
 
 from knnstore.errors import DamageError, FormatError
-from knnstore.format import HEADER_SIZE, Codec, DType, Header, Kind, parse_header
+from knnstore.format import HEADER_SIZE, Codec, Header, parse_header
 from knnstore.storage.manifest import FileRecord
 
-__all__ = ["FileReading", "FindingError", "Findings", "Outcome", "Problem", "check_folder", "check_header", "check_plain", "open_plain"]
+__all__ = [
+    "PIECE",
+    "FileReading",
+    "FindingError",
+    "Findings",
+    "Outcome",
+    "Problem",
+    "check_folder",
+    "check_header",
+    "check_plain",
+    "check_size",
+    "file_reading",
+    "open_plain",
+]
 
 PIECE = 1 << 20  # bytes read at a time: hashed twice while they are in the cache; a multiple of VALUES_BLOCK
 _SHOWN = 5  # damaged parts of a file that a problem names
@@ -68,30 +82,29 @@ class Findings:
         if self.advance is not None:
             self.advance(n)
 
+    def plain_detail(self, error: Exception, path: Path) -> str:
+        """A storage error's message without the path, which a problem has beside it, and without the advice to do what is being done."""
+        return str(error).removeprefix(f"{path}: ").replace(f"{self.root}/", "").removesuffix(_ADVICE).removesuffix(".")
+
     @contextmanager
     def of(self, path: Path, kind: str = "content") -> Iterator[Outcome]:
         """Around what is done with one file: what goes wrong inside becomes a problem of it, and work goes on after the block.
 
-        kind: of what the storage layer refuses.
+        kind: of what the storage layer refuses. FormatError passes through.
         """
         outcome = Outcome()
         try:
             yield outcome
         except FindingError as finding:
             self.add(finding.kind, path, finding.detail)
-        except (DamageError, FormatError) as error:
-            self.add(kind, path, plain_detail(error, path))
+        except DamageError as error:
+            self.add(kind, path, self.plain_detail(error, path))
         except OSError as error:
             self.add("unreadable", path, error.strerror or str(error))
         except (ValueError, OverflowError, struct.error, lmdb.Error) as error:  # of decoding what nobody wrote
             self.add(kind, path, f"it cannot be decoded: {error}")
         else:
             outcome.sound = True
-
-
-def plain_detail(error: Exception, path: Path) -> str:
-    """A storage error's message without the path, which a problem has beside it, and without the advice to do what is being done."""
-    return str(error).removeprefix(f"{path}: ").removesuffix(_ADVICE).removesuffix(".")
 
 
 def check_plain(path: Path) -> os.stat_result:
@@ -209,19 +222,17 @@ def check_size(size: int, record: FileRecord) -> None:
         raise FindingError("size", f"{size} bytes, {record.size} are recorded")
 
 
-def check_header(
-    raw: bytes, path: Path, *, kind: Kind, owner: bytes, dtype: DType, rows: int, columns: int, codec: Codec = Codec.NONE
-) -> Header:
-    """The header of a binary file, compared with what it should say. Raises FindingError."""
+def check_header(raw: bytes, path: Path, expected: Header) -> Header:
+    """The header of a binary file, compared with what it should say (`check` apart). Raises FindingError."""
     try:
-        header = parse_header(raw[:HEADER_SIZE], str(path), kind=kind, owner=owner)
+        header = parse_header(raw[:HEADER_SIZE], str(path), kind=expected.kind, owner=expected.owner)
     except (DamageError, FormatError) as error:
-        raise FindingError("header", plain_detail(error, path)) from error
-    said, expected = (header.rows, header.columns, header.dtype, header.codec), (rows, columns, dtype, codec)
-    if said != expected:
-        raise FindingError("header", f"it says rows, columns, type and codec {_said(said)}; {_said(expected)} are recorded")
+        raise FindingError("header", str(error).removeprefix(f"{path}: ").removesuffix(_ADVICE).removesuffix(".")) from error
+    if dataclasses.replace(header, check=expected.check) != expected:
+        raise FindingError("header", f"it says {_said(header)}; {_said(expected)} is recorded")
     return header
 
 
-def _said(values: tuple[int, int, DType, Codec]) -> str:
-    return f"{values[0]}, {values[1]}, {values[2].name.lower()}, {values[3].name.lower()}"
+def _said(header: Header) -> str:
+    codec = f", {header.codec.name.lower()}" if header.codec is not Codec.NONE else ""
+    return f"{header.rows} x {header.columns} {header.dtype.name.lower()}{codec}"

@@ -20,11 +20,11 @@ from knnstore.format import (
     MANIFEST_MAX,
     NUMPY_TYPES,
     SEGMENT_FILE,
-    TOKEN_BITS,
     VALUES_BLOCK,
     VALUES_FILE,
     Codec,
     DType,
+    Header,
     Kind,
     aligned,
 )
@@ -33,8 +33,8 @@ from knnstore.storage.blocks import block_bytes
 from knnstore.storage.manifest import FileRecord, SegmentRecord
 from knnstore.storage.manifest_json import parse_segment_content
 from knnstore.storage.parse import parse_json_bytes
-from knnstore.verification_contexts import DocumentRows, OpenParts, check_contexts
-from knnstore.verification_files import (
+from knnstore.verification.contexts import DocumentRows, OpenParts, check_contexts
+from knnstore.verification.files import (
     FindingError,
     Findings,
     check_header,
@@ -43,12 +43,12 @@ from knnstore.verification_files import (
     file_reading,
     open_plain,
 )
+from knnstore.verification.lists import Extents, ListsWalk
 
 __all__ = ["ExpectedSegment", "SegmentCheck"]
 
 _KEY_TYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
 _VALUE_TYPES = {"u16": DType.U16, "u32": DType.U32}
-_NO_TOKEN = np.uint32(0xFFFFFFFF)  # more than any token: labels hold 24 bits of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,15 +120,15 @@ class SegmentCheck:
             record = self._record(name)
             if record.size != blocked_size(n_rows, row_bytes):
                 raise FindingError("content", f"{record.size} bytes are recorded, {n_rows} rows take {blocked_size(n_rows, row_bytes)}")
-            shape = {"kind": kind, "owner": self._owner, "dtype": dtype, "rows": n_rows, "columns": columns}
+            expected = Header(kind=kind, owner=self._owner, dtype=dtype, rows=n_rows, columns=columns)
             if not self._full:
                 with open_plain(path) as fd:
-                    raw, table = self._sample(fd, record, HEADER_SIZE, checks)
-                if xxhash.xxh3_64_intdigest(table) != check_header(raw, path, **shape).check:
+                    raw, table = self._ends(fd, record, HEADER_SIZE, checks)
+                if xxhash.xxh3_64_intdigest(table) != check_header(raw, path, expected).check:
                     raise FindingError("checksum", "its table of checksums is damaged")
                 return True
             with file_reading(self._findings, self._folder, record) as file:
-                header = check_header(bytes(file.read(HEADER_SIZE)), path, **shape)
+                header = check_header(bytes(file.read(HEADER_SIZE)), path, expected)
                 found: list[int] = []
                 at = 0
                 for piece in file.pieces(body):
@@ -147,7 +147,7 @@ class SegmentCheck:
                     file.damaged.append("the zeros after its rows")
         return outcome.sound
 
-    def _sample(self, fd: int, record: FileRecord, head: int, tail: int) -> tuple[bytes, bytes]:
+    def _ends(self, fd: int, record: FileRecord, head: int, tail: int) -> tuple[bytes, bytes]:
         """First and last bytes of a file of the size recorded."""
         check_size(os.fstat(fd).st_size, record)
         pieces = os.pread(fd, head, 0), os.pread(fd, tail, record.size - tail)
@@ -192,9 +192,10 @@ class SegmentCheck:
                 raise FindingError("content", f"{record.size} bytes are recorded, {nlist} lists take {HEADER_SIZE + 24 * nlist}")
             with file_reading(self._findings, self._folder, record) as file:
                 raw = file.whole()
-                header = check_header(
-                    raw, path, kind=Kind.DIRECTORY, owner=self._owner, dtype=DType.U64, rows=nlist, columns=3, codec=self._expected.codec
+                expected = Header(
+                    kind=Kind.DIRECTORY, owner=self._owner, dtype=DType.U64, rows=nlist, columns=3, codec=self._expected.codec
                 )
+                header = check_header(raw, path, expected)
                 if xxhash.xxh3_64_intdigest(raw[HEADER_SIZE:]) != header.check:
                     file.damaged.append("its table")
             directory = np.frombuffer(raw, "<u8", offset=HEADER_SIZE).reshape(nlist, 3)
@@ -206,35 +207,28 @@ class SegmentCheck:
         n_entries, size = self._content.entries, self._record(LISTS_FILE).size
         sizes, offsets = directory[:, 0], directory[:, 1]
         if (sizes > n_entries).any() or (offsets > size).any():
-            raise FindingError("content", f"a list is larger than the segment's {n_entries} entries, or begins after the {size} bytes of lists")
+            raise FindingError("content", f"a list has more than {n_entries} entries, or begins after the {size} bytes of lists.bin")
         if int(sizes.sum()) != n_entries:
             raise FindingError("content", f"its lists have {int(sizes.sum())} entries, the segment has {n_entries}")
-        extents = _Extents(directory, self._expected.entry_bytes)
+        extents = Extents(directory, self._expected.entry_bytes)
         bounds = np.concatenate(([HEADER_SIZE], extents.ends))
         if (extents.offsets % ALIGNMENT).any() or (extents.offsets < bounds[:-1]).any() or bounds[-1] > size:
             raise FindingError("content", "its lists overlap, are not at multiples of 64, or reach beyond the end of lists.bin")
 
     def _check_lists(self, directory: NDArray[np.uint64] | None, values: NDArray[np.generic] | None) -> None:
-        path, expected = self._folder / LISTS_FILE, self._expected
-        shape = {
-            "kind": Kind.LISTS,
-            "owner": self._owner,
-            "dtype": DType.U8,
-            "codec": expected.codec,
-            "rows": self._content.entries,
-            "columns": expected.entry_bytes,
-        }
+        path, codec, width, n_entries = self._folder / LISTS_FILE, self._expected.codec, self._expected.entry_bytes, self._content.entries
+        expected = Header(kind=Kind.LISTS, owner=self._owner, dtype=DType.U8, codec=codec, rows=n_entries, columns=width)
         with self._findings.of(path):
             record = self._record(LISTS_FILE)
             if not self._full:
                 with open_plain(path) as fd:
-                    check_header(self._sample(fd, record, HEADER_SIZE, 0)[0], path, **shape)
+                    check_header(self._ends(fd, record, HEADER_SIZE, 0)[0], path, expected)
                 return
             with file_reading(self._findings, self._folder, record) as file:
-                check_header(bytes(file.read(HEADER_SIZE)), path, **shape)
+                check_header(bytes(file.read(HEADER_SIZE)), path, expected)
                 if directory is None:
                     return
-                walk = _ListsWalk(directory, expected.entry_bytes, self._content.entries, in_row_order=expected.codec is Codec.RAW)
+                walk = ListsWalk(directory, width, n_entries, in_row_order=codec is Codec.RAW)
                 for piece in file.pieces(file.left):
                     walk.take(file.position - len(piece), piece)
                 file.damaged += walk.damaged
@@ -255,92 +249,3 @@ class SegmentCheck:
         with self._findings.of(path) as outcome:
             rows = check_contexts(path, self._expected.record, vocab_size=self._expected.vocab_size, parts=self._parts)
         return rows if outcome.sound else None
-
-
-class _Extents:
-    """Where the lists that have entries lie, in the order of the file."""
-
-    def __init__(self, directory: NDArray[np.uint64], entry_bytes: int) -> None:
-        used = np.flatnonzero(directory[:, 0])
-        self.numbers = used[np.argsort(directory[used, 1], kind="stable")]
-        self.sizes = directory[self.numbers, 0].astype(np.int64)
-        self.offsets = directory[self.numbers, 1].astype(np.int64)
-        capacities = -(-self.sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
-        self.labels = self.offsets + capacities * entry_bytes
-        self.ends = self.labels + capacities * 8
-        self.checks = directory[self.numbers, 2]
-
-
-class _ListsWalk:
-    """Goes through `lists.bin` a piece at a time: checksums of lists, and the token that each row's label carries."""
-
-    def __init__(self, directory: NDArray[np.uint64], entry_bytes: int, n_entries: int, *, in_row_order: bool) -> None:
-        self._lists = _Extents(directory, entry_bytes)
-        self._in_row_order = in_row_order
-        self._tokens = np.full(n_entries, _NO_TOKEN, np.uint32)
-        self._begun: xxhash.xxh3_64 | None = None  # of a list that goes on in the next piece
-        self._n_strange = 0  # labels of no row of the segment
-        self._n_seen = 0
-        self._ordered = True
-        nothing = xxhash.xxh3_64_intdigest(b"")
-        empty = np.flatnonzero((directory[:, 0] == 0) & (directory[:, 2] != nothing))
-        self.damaged = [f"list {number}" for number in empty.tolist()]
-
-    def take(self, begin: int, piece: memoryview) -> None:
-        """The bytes of the file from begin on, where the piece before ended."""
-        lists, stop = self._lists, begin + len(piece)
-        some = slice(
-            int(np.searchsorted(lists.ends, begin, side="right")), int(np.searchsorted(lists.offsets, stop, side="left"))
-        )  # those that have bytes in this piece
-        self._check(some, begin, piece)
-        low = np.maximum(lists.labels[some], begin)
-        counts = np.maximum(np.minimum(lists.labels[some] + 8 * lists.sizes[some], stop) - low, 0) // 8
-        total = int(counts.sum())
-        if not total:
-            return
-        words = np.frombuffer(piece, "<i8", len(piece) // 8)
-        labels = words[np.repeat((low - begin) // 8 - (np.cumsum(counts) - counts), counts) + np.arange(total)]
-        self._take_labels(labels)
-
-    def _check(self, some: slice, begin: int, piece: memoryview) -> None:
-        lists, stop = self._lists, begin + len(piece)
-        rows = zip(
-            lists.numbers[some].tolist(), lists.offsets[some].tolist(), lists.ends[some].tolist(), lists.checks[some].tolist(), strict=True
-        )
-        for number, offset, end, check in rows:
-            if begin <= offset and end <= stop:
-                digest = xxhash.xxh3_64_intdigest(piece[offset - begin : end - begin])
-            else:
-                begun = self._begun or xxhash.xxh3_64()
-                begun.update(piece[max(offset - begin, 0) : end - begin])
-                self._begun = begun if end > stop else None
-                if end > stop:
-                    break
-                digest = begun.intdigest()
-            if digest != check:
-                self.damaged.append(f"list {number}")
-
-    def _take_labels(self, labels: NDArray[np.int64]) -> None:
-        rows = labels >> TOKEN_BITS
-        if self._in_row_order:
-            self._ordered &= bool((rows == np.arange(self._n_seen, self._n_seen + len(rows))).all())
-        self._n_seen += len(rows)
-        known = (rows >= 0) & (rows < len(self._tokens))
-        if not known.all():
-            self._n_strange += int(np.count_nonzero(~known))
-            labels, rows = labels[known], rows[known]
-        self._tokens[rows] = labels & ((1 << TOKEN_BITS) - 1)
-
-    def conclude(self, values: NDArray[np.generic] | None) -> None:
-        """Once the file is known to be what was written. values: (n,), None where they are not sound. Raises FindingError."""
-        if self._n_strange:
-            raise FindingError("content", f"{self._n_strange} labels name no row of the segment's {len(self._tokens)}")
-        # There are as many labels as rows: where a row has none, another has two.
-        without = int(np.count_nonzero(self._tokens == _NO_TOKEN))
-        if without:
-            raise FindingError("content", f"{without} of {len(self._tokens)} rows are in no list, and others in several")
-        if values is not None and (differ := int(np.count_nonzero(self._tokens != values))):
-            raise FindingError("content", f"{differ} labels carry another token than values.bin has at their row")
-        if not self._ordered:
-            raise FindingError("content", "its raw keys are not in row order")
-
