@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnstore.errors import ExistsError, InvalidArgumentError, NotFoundError
+from knnstore.errors import DamageError, ExistsError, InvalidArgumentError, NotFoundError
 from knnstore.format import COARSE, CODECS_BY_NAME, SEGMENT_ENTRIES, SEGMENTS, SPACES, Codec
-from knnstore.storage.catalog import StoreFolder, commit, file_records, lay_foundation, now
+from knnstore.storage.catalog import StoreFolder, commit, file_records, lay_foundation, list_manifests, now
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
 from knnstore.storage.files import disk
-from knnstore.storage.jobs import job_name, other_jobs
+from knnstore.storage.jobs import JOB_FILE, job_name, other_jobs
 from knnstore.storage.manifest import (
     Calibration,
     CoarseRecord,
@@ -214,7 +214,8 @@ def segment_record(folder: Path, runs: tuple[tuple[str, int, int], ...]) -> Segm
 def begin_store(path: str | Path, arguments: Mapping[str, Any]) -> tuple[StoreFolder, str, str]:
     """Lays the foundation of a new store, or takes up the same unfinished job. Returns the store, its uuid, the job's name.
 
-    Raises ExistsError where a finished store, another unfinished one or something else is at the path.
+    Raises ExistsError where a finished store, another unfinished one or something else is at the path, DamageError where a finished
+    store lost its CURRENT.
     """
     store = StoreFolder(Path(path))
     name = job_name(arguments)
@@ -222,6 +223,9 @@ def begin_store(path: str | Path, arguments: Mapping[str, Any]) -> tuple[StoreFo
         raise ExistsError(f"{store.path}: a datastore exists already. Choose another --store, or remove it first.")
     if store.path.exists() and not store.identity.exists() and (not store.path.is_dir() or _is_foreign(store.path)):
         raise ExistsError(f"{store.path}: something that is not a datastore is there. Choose another --store.")
+    if list_manifests(store) and not (store.staging / name / JOB_FILE).exists():
+        # A create that was killed still has its job: this is a finished store that lost its CURRENT.
+        raise DamageError(f"{store.current}: the file is missing, though there are snapshots. Nothing was changed; run `knnstore verify`.")
     others = other_jobs(store, name)
     if others:
         begun, asked = _difference(others[0][1], arguments)

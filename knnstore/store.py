@@ -135,7 +135,7 @@ class Datastore:
 
 def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
     """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
-    spaces = {record.id: load_space(store.space(record.id), record.id) for record in manifest.spaces}
+    spaces = {record.id: load_space(store.space(record.id), record.id, record.files) for record in manifest.spaces}
     dim = manifest.key.dim
     coarse: dict[str | None, Coarse] = {
         record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse

@@ -124,7 +124,8 @@ def decoded_keys(segment: Segment) -> NDArray[np.float64]:
         if space.codec is Codec.RAW:
             keys[labels >> 24] = codes.copy().view("<f4")
             continue
-        sub = codes if space.codec is Codec.PQ8 else np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1)[:, : space.n_sub]
+        nibbles = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), 2 * codes.shape[1])
+        sub = codes if space.codec is Codec.PQ8 else nibbles
         for m in range(space.n_sub):
             width = space.centroids.shape[2]
             keys[labels >> 24, m * width : (m + 1) * width] = space.centroids[m, sub[:, m]]

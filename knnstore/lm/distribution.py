@@ -135,4 +135,5 @@ def log_softmax(logits: Any) -> Array:
     """Log-probabilities of logits (n, vocab) in float64."""
     scores = np.asarray(logits, np.float64)
     shifted: Array = scores - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    total: Array = np.exp(shifted).sum(axis=-1, keepdims=True)
+    return shifted - np.log(total)

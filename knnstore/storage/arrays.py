@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from knnstore.errors import DamageError, StorageError
 from knnstore.format import HEADER_SIZE, NUMPY_TYPES, VALUES_BLOCK, Codec, DType, Header, Kind, aligned, parse_header
 from knnstore.storage.files import FileWriter
+from knnstore.storage.parse import NOT_PLAIN
 
 __all__ = ["MappedArray", "checksums", "map_file", "read_array", "to_bfloat16", "to_float32", "write_array"]
 
@@ -45,6 +46,8 @@ def map_file(path: Path, size: int | None = None) -> NDArray[np.uint8]:
     except FileNotFoundError as error:
         raise DamageError(f"{path}: the file is missing. Run `knnstore verify`.") from error
     except OSError as error:
+        if error.errno in NOT_PLAIN:
+            raise DamageError(f"{path}: not a plain file. Run `knnstore verify`.") from error
         raise StorageError(f"{path}: cannot read: {error.strerror}. Check the path and its permissions.") from error
     try:
         status = os.fstat(fd)

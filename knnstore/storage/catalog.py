@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from knnstore.errors import ConflictError, DamageError, FormatError, NotFoundError, StorageError
+from knnstore.errors import ConflictError, DamageError, FormatError, KnnstoreError, NotFoundError, StorageError
 from knnstore.format import (
     COARSE,
     CURRENT_FILE,
@@ -32,7 +32,7 @@ from knnstore.format import (
 from knnstore.storage.files import disk, hold_lock, sha256_file, write_file
 from knnstore.storage.manifest import FileRecord, Manifest
 from knnstore.storage.manifest_json import canonical, manifest_bytes, parse_manifest
-from knnstore.storage.parse import parse_hex, parse_json_bytes, parse_object, parse_size, read_small
+from knnstore.storage.parse import NOT_PLAIN, parse_hex, parse_json_bytes, parse_object, parse_size, read_small
 
 __all__ = [
     "Pin",
@@ -170,7 +170,7 @@ def list_manifests(store: StoreFolder) -> list[int]:
     """Numbers of all manifest files, ascending, whether sound or not."""
     try:
         names = [entry.name for entry in os.scandir(store.manifests)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise StorageError(f"{store.manifests}: cannot read: {error.strerror}. Check the path and its permissions.") from error
@@ -180,7 +180,7 @@ def list_manifests(store: StoreFolder) -> list[int]:
 def newest_sound_snapshot(store: StoreFolder) -> int | None:
     """The highest number whose manifest is whole."""
     for number in reversed(list_manifests(store)):
-        with contextlib.suppress(DamageError, FormatError, StorageError):
+        with contextlib.suppress(KnnstoreError):  # also NotFoundError: of a link that leads nowhere
             read_manifest(store, number)
             return number
     return None
@@ -212,13 +212,15 @@ def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Mani
         path = store.manifest(number)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if sha256 is not None and read_current(store) == (number, sha256):
                 raise _lost(store, f"{path}: the file is missing") from error
             if snapshot is not None:
                 read_manifest(store, snapshot)  # says which are kept
             continue
         except OSError as error:
+            if error.errno in NOT_PLAIN:
+                raise _lost(store, f"{path}: not a plain file") from error
             raise StorageError(f"{path}: cannot read: {error.strerror}. Check the path and its permissions.") from error
         pin = Pin(fd)
         with contextlib.suppress(OSError):  # a file system without locks has no gc beside us either

@@ -77,7 +77,7 @@ def write_lists(
     """Writes lists.bin and lists.dir.
 
     codes: (n, code_size) u8 in row order, may be mapped; lists: (n,) u32, the list of each row, None for one list;
-    values: (n,) token ids. Takes 12 bytes of memory an entry, and what a group of 65,536 entries takes.
+    values: (n,) token ids. Takes 12 bytes of memory an entry, and what the larger of 65,536 entries and the longest list takes on disk.
     """
     n = len(codes)
     width = entry_bytes(space)
@@ -209,63 +209,62 @@ class MappedLists:
     def index(self) -> Any:
         """A faiss index over these lists, to be searched with `search_preassigned_c` only (it has no centroids).
 
-        Where the installed faiss packs 4-bit codes otherwise than this format, or cannot map, the lists are repacked in memory.
+        Where the installed faiss packs 4-bit codes otherwise than this format, the lists are repacked in memory.
         """
         space = self._space
-        shell = _shell(space, self.nlist)
-        if hasattr(faiss, "OnDiskInvertedLists") and (space.codec is not Codec.PQ4 or faiss_packs_alike(space.n_sub)):
-            lists = faiss.OnDiskInvertedLists(self.nlist, self._width, str(self.path))
-            lists.read_only = True
-            lists.totsize = self._raw.nbytes
-            _fill(lists, self.sizes, self.offsets)
-            lists.do_mmap()
-            lists.prefetch_nthread = 0
-            shell.replace_invlists(lists, True)
-            lists.this.disown()
+        if space.codec is Codec.PQ4 and not faiss_packs_alike(space.n_sub):
+            return self._repacked()
+        quantizer = faiss.IndexFlatL2(space.dim)
+        if space.codec is Codec.RAW:
+            shell = faiss.IndexIVFFlat(quantizer, space.dim, self.nlist)
+        elif space.codec is Codec.PQ4:
+            shell = faiss.IndexIVFPQFastScan(quantizer, space.dim, self.nlist, space.n_sub, 4, faiss.METRIC_L2, BLOCK_ENTRIES)
         else:
-            self._load(shell)
+            shell = faiss.IndexIVFPQ(quantizer, space.dim, self.nlist, space.n_sub, 8)
+        _finish_shell(shell, space, quantizer)
+        lists = faiss.OnDiskInvertedLists(self.nlist, self._width, str(self.path))
+        lists.read_only = True
+        lists.totsize = self._raw.nbytes
+        _fill(lists, self.sizes, self._capacities, self.offsets)
+        lists.do_mmap()
+        lists.prefetch_nthread = 0
+        shell.replace_invlists(lists, True)
+        lists.this.disown()
         shell.ntotal = int(self.sizes.sum())
         return shell
 
-    def _load(self, shell: Any) -> None:
+    def _repacked(self) -> Any:
+        """The same over lists in memory, packed by faiss itself from codes as they are encoded. Looks at every list's checksum."""
+        space = self._space
+        quantizer = faiss.IndexFlatL2(space.dim)
+        plain = faiss.IndexIVFPQ(quantizer, space.dim, self.nlist, space.n_sub, 4)
+        _finish_shell(plain, space, quantizer)
         for number in range(self.nlist):
-            codes, labels = self.entries(number)
-            if len(labels):
-                shell.add_core(
-                    len(labels),
-                    faiss.swig_ptr(keys := np.ascontiguousarray(self._space.decode(codes))),
-                    faiss.swig_ptr(ids := np.ascontiguousarray(labels)),
-                    faiss.swig_ptr(at := np.full(len(labels), number, np.int64)),
-                )
-                del keys, ids, at
+            codes, labels = (np.ascontiguousarray(array) for array in self.entries(number))
+            plain.invlists.add_entries(number, len(labels), faiss.swig_ptr(labels), faiss.swig_ptr(codes))
+        plain.ntotal = int(self.sizes.sum())
+        shell = faiss.IndexIVFPQFastScan(plain, BLOCK_ENTRIES)
+        _finish_shell(shell, space, quantizer)
+        return shell
 
 
-def _shell(space: Space, nlist: int) -> Any:
-    quantizer = faiss.IndexFlatL2(space.dim)
-    if space.codec is Codec.RAW:
-        shell = faiss.IndexIVFFlat(quantizer, space.dim, nlist, faiss.METRIC_L2)
-    elif space.codec is Codec.PQ4:
-        shell = faiss.IndexIVFPQFastScan(quantizer, space.dim, nlist, space.n_sub, 4, faiss.METRIC_L2, BLOCK_ENTRIES)
-    else:
-        shell = faiss.IndexIVFPQ(quantizer, space.dim, nlist, space.n_sub, 8, faiss.METRIC_L2)
-    if space.codec is not Codec.RAW:
+def _finish_shell(shell: Any, space: Space, quantizer: Any) -> None:
+    """Gives an index the space's centroids, and keeps alive the coarse quantizer that faiss asks for and never uses here."""
+    if space.centroids is not None:
         shell.by_residual = False
         shell.use_precomputed_table = 0
         faiss.copy_array_to_vector(np.ascontiguousarray(space.centroids).reshape(-1), shell.pq.centroids)
     shell.is_trained = True
     shell.own_fields = False
     shell.referenced_objects = [quantizer]  # faiss keeps a bare pointer
-    return shell
 
 
-def _fill(lists: Any, sizes: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+def _fill(lists: Any, sizes: NDArray[np.int64], capacities: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
     """Sets size, capacity and offset of every list at once: three u64 a list in the vector's own memory."""
     vector = lists.lists
     vector.resize(len(sizes))
     memory = (ctypes.c_uint64 * (3 * len(sizes))).from_address(int(vector.data().this))
     table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
-    table[:, 0] = sizes
-    table[:, 1] = _padded(sizes)
-    table[:, 2] = offsets
+    table[:, 0], table[:, 1], table[:, 2] = sizes, capacities, offsets
     last = vector.at(len(sizes) - 1)
     assert (last.size, last.capacity, last.offset) == tuple(table[-1].tolist()), "faiss lays out OnDiskOneList otherwise"

@@ -1,6 +1,7 @@
 """What is read from disk is checked field by field: each `parse_<kind>` takes a value and its place, or raises DamageError."""
 
 import contextlib
+import errno
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from knnstore.errors import DamageError
 from knnstore.format import MANIFEST_MAX
 
 __all__ = [
+    "NOT_PLAIN",
     "parse_flag",
     "parse_hex",
     "parse_json",
@@ -25,6 +27,10 @@ __all__ = [
     "parse_word",
     "read_small",
 ]
+
+
+# What the system says on opening a link to itself, something below a file, or a socket.
+NOT_PLAIN = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO})
 
 
 def _refuse(at: str, found: object, expected: str) -> NoReturn:

@@ -6,6 +6,7 @@ Codes do not depend on a coarse quantizer, so a store's lists can change without
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.format import CENTROIDS_FILE, CODEC_NAMES, CODECS_BY_NAME, ROTATION_FILE, SPACE_FILE, Codec, DType, Kind
 from knnstore.storage.arrays import read_array, write_array
 from knnstore.storage.files import disk, write_file
+from knnstore.storage.manifest import FileRecord
 from knnstore.storage.manifest_json import canonical
-from knnstore.storage.parse import parse_json, parse_number, parse_object, parse_size, parse_word
+from knnstore.storage.parse import parse_json_bytes, parse_number, parse_object, parse_size, parse_word, read_small
 
 __all__ = ["Space", "load_space", "n_subquantizers", "raw_space", "save_space", "train_space"]
 
@@ -216,11 +218,17 @@ def save_space(space: Space, folder: Path) -> None:
     disk.sync_folder(folder)
 
 
-def load_space(folder: Path, space_id: str) -> Space:
-    """A space from its folder. Raises DamageError if its content does not have the hash in its name."""
+def load_space(folder: Path, space_id: str, files: Sequence[FileRecord] = ()) -> Space:
+    """A space from its folder. files: what a manifest says of it.
+
+    Raises DamageError if its arrays do not have the hash in its name, or its record is not the one in the manifest.
+    """
     at = str(folder / SPACE_FILE)
+    raw = read_small(folder / SPACE_FILE)
+    if files and {file.name: file.sha256 for file in files}.get(SPACE_FILE) != hashlib.sha256(raw).hexdigest():
+        raise DamageError(f"{at}: its content does not match its checksum. Run `knnstore verify`.")
     fields = parse_object(
-        parse_json(folder / SPACE_FILE), at, required=("codec", "dim", "distortion", "metric", "n_sub", "n_training", "rotation")
+        parse_json_bytes(raw, at), at, required=("codec", "dim", "distortion", "metric", "n_sub", "n_training", "rotation")
     )
     codec = CODECS_BY_NAME[parse_word(fields["codec"], f"{at}.codec", tuple(CODECS_BY_NAME))]
     parse_word(fields["metric"], f"{at}.metric", ("l2",))

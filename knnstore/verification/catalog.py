@@ -46,7 +46,7 @@ class CatalogCheck:
             identity = self._read_identity()
         except FormatError as error:
             later = error
-        yield from self._read_manifests()
+        yield from self._read_manifests(identity)
         if later is not None:
             if self.newest is None:
                 raise later
@@ -122,7 +122,7 @@ class CatalogCheck:
                 return current, raw
         raise ConflictError(f"{self._store.path}: snapshots were removed as fast as they could be opened. Try again.")
 
-    def _read_manifests(self) -> Iterator[Manifest]:
+    def _read_manifests(self, identity: str | None) -> Iterator[Manifest]:
         """The sound ones of all kept manifests, newest first, each compared with what its child says of it."""
         current, newest = self._newest_manifest()
         self.n_damaged += current is not None and newest is None
@@ -135,14 +135,17 @@ class CatalogCheck:
             with self._findings.of(path, "manifest") as outcome:
                 raw = newest if is_current else self._load_manifest(number)
                 if raw is not None:
-                    manifest = self._parse_manifest(number, raw, current[1] if current is not None and is_current else None)
+                    manifest = self._parse_manifest(number, raw, identity, current[1] if current is not None and is_current else None)
             if manifest is not None and outcome.sound:
                 self.newest = self.newest or manifest
                 yield manifest
             self.n_damaged += not outcome.sound
 
-    def _parse_manifest(self, number: int, raw: bytes, named: str | None) -> Manifest:
-        """named: the sha256 in CURRENT, if it is this one. Raises FindingError, DamageError; FormatError where it is the newest."""
+    def _parse_manifest(self, number: int, raw: bytes, identity: str | None, named: str | None) -> Manifest:
+        """identity: uuid of the store, if known. named: the sha256 that CURRENT gives, if it names this manifest.
+
+        Raises FindingError, DamageError; FormatError where the newest snapshot is of a later format.
+        """
         path, sha256 = self._store.manifest(number), hashlib.sha256(raw).hexdigest()
         try:
             manifest = parse_manifest(raw, str(path))
@@ -163,6 +166,8 @@ class CatalogCheck:
         if manifest.parent is not None:
             self._parents[manifest.parent[0]] = (number, manifest.parent[1])
         if named not in (None, sha256):
+            if manifest.uuid != identity:
+                raise FindingError("manifest", f"it is of store {manifest.uuid}, and not the one whose sha256 CURRENT gives")
             self._findings.add("current", self._store.current, f"it gives sha256 {named}, but {path.name} is whole and has {sha256}")
         self._uuids[number] = manifest.uuid
         return manifest

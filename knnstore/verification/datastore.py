@@ -232,7 +232,7 @@ def _loaded(folder: Path, part: _Part) -> tuple[object, object]:
     """What a space or coarse quantizer says of itself, and what the manifest says. Raises DamageError, FormatError."""
     record = part.record
     if isinstance(record, SpaceRecord):
-        space = load_space(folder, record.id)
+        space = load_space(folder, record.id, record.files)
         said = (space.dim, space.codec, space.n_sub, space.rotation_kind, space.distortion)
         return said, (part.dim, record.codec, record.n_sub, record.rotation, record.distortion)
     assert isinstance(record, CoarseRecord)
