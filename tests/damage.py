@@ -178,7 +178,8 @@ class Child:
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -186,15 +187,15 @@ class Child:
             self._lines.put(line)
         self._lines.put("")
 
-    def ask(self, deed: str, store: Path, **arguments: Any) -> Answer:
+    def ask(self, deed: str, store: Path, *, within_s: float = ANSWER_S, **arguments: Any) -> Answer:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"deed": deed, "store": str(store), **arguments}) + "\n")
         self._process.stdin.flush()
         try:
-            line = self._lines.get(timeout=ANSWER_S)
+            line = self._lines.get(timeout=within_s)
         except queue.Empty:
             self._process.kill()
-            raise AssertionError(f"{deed}: no answer within {ANSWER_S} s") from None
+            raise AssertionError(f"{deed}: no answer within {within_s} s") from None
         if not line:
             code = self._process.wait()
             raise AssertionError(f"{deed}: the child died, {signal.Signals(-code).name if code < 0 else code}")
@@ -205,8 +206,11 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(ANSWER_S)
+        self._listener.join()
+        self._process.stdout.close()
 
 
 def queries(dim: int) -> np.ndarray[Any, Any]:
@@ -278,15 +282,15 @@ def _answers(store: Path) -> dict[str, str]:
     return found
 
 
-def _each_byte(store: Path, path: Path, places: Sequence[int], mask: int, levels: Sequence[str]) -> list[Any]:
-    """Inverts bits of one byte after the other. Returns for each place: the levels that did not see it, and the answers."""
+def _each_byte(store: Path, path: Path, places: Sequence[int], mask: int, levels: Sequence[str], ask: bool = True) -> list[Any]:
+    """Inverts bits of one byte after the other. Returns for each place: the levels that did not see it, and the answers if asked."""
     pristine = path.read_bytes()
     seen = []
     for at in places:
         invert(path, at, mask)
         name = path.relative_to(store).as_posix()
         missed = [level for level in levels if name not in [problem[1] for problem in _verify(store, level)["problems"]]]
-        seen.append([at, missed, _answers(store)])
+        seen.append([at, missed, _answers(store) if ask else {}])
         overwrite(path, pristine)
     return seen
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import damage
+import numpy as np
 import pytest
 from damage import REPLACEMENTS, Child, files_by_role, restored
 from stores import create_store, draw_keys, draw_values
 
+from knnstore.errors import DamageError, ExistsError
 from knnstore.format import HEADER_SIZE
 
 # What each way of asking must read. `open` reads what names the snapshot, and every other way opens first.
@@ -210,11 +212,11 @@ def test_folders_of_another_kind(bench: Bench) -> None:
                 assert set(asked.value.values()) <= {"DamageError", *bench.answers.values()}, f"{name}, {done}: {asked.value}"
 
 
-def _places(role: str, path: Path, rng: random.Random) -> list[int]:
-    """Bytes to invert: of the header each field, the first and last, some between; of short files every third."""
+def _places(role: str, path: Path, rng: random.Random, step: int) -> list[int]:
+    """Bytes to invert: of the header each field, the first and last, some between; of short files one in `step`."""
     size = path.stat().st_size
     if size < 1_000:
-        return list(range(rng.randrange(3), size, 3))
+        return [*range(rng.randrange(step), size - 1, step), size - 1]
     places = {0, 1, size - 1, size - 8, size // 2, size // 3, *rng.sample(range(size), 6)}
     if role in BINARY:
         places |= {0, 9, 10, 11, 12, 13, 14, 16, 24, 32, 47, 48, 56, 63, HEADER_SIZE}
@@ -222,24 +224,35 @@ def _places(role: str, path: Path, rng: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("mask", [0xFF, 0x01, 0x20], ids=["inverted", "lowest bit", "letter case"])
-def test_inverted_bytes(bench: Bench, mask: int) -> None:
+def test_inverted_bytes(bench: Bench, benches: dict[str, Bench], mask: int) -> None:
     """A byte whose bits are inverted, all or one, is found wherever it is; what refuses and what answers is as it must be."""
     rng = random.Random(mask)
     for role, path in bench.roles.items():
-        places = _places(role, path, rng)
+        places = _places(role, path, rng, step=3 if bench is benches["raw"] else 20)
         size = path.stat().st_size
         for levels, some in (
             (["quick", "full"], [at for at in places if role not in UNREAD_WHEN_QUICK or (role in BINARY and at < HEADER_SIZE)]),
             (["full"], [at for at in places if role in UNREAD_WHEN_QUICK and (role not in BINARY or at >= HEADER_SIZE)]),
         ):
-            asked = bench.child.ask(
-                "each byte", bench.store, path=str(bench.path(role)), places=some, mask=mask, levels=levels
-            )
+            asked = bench.child.ask("each byte", bench.store, path=str(bench.path(role)), places=some, mask=mask, levels=levels)
             assert asked.error is None, f"{role}: {asked.trace}"
             for at, missed, answers in asked.value:
                 done = f"byte {at} of {size} ^ {mask:#x}"
                 assert not missed, f"{role}, {done}: not seen by {missed}"
                 bench.check_answers(role, done, answers)
+
+
+@pytest.mark.slow
+def test_every_byte(benches: dict[str, Bench]) -> None:
+    """No byte of any file can be inverted without `verify` naming the file."""
+    bench = benches["raw"]
+    for role, path in bench.roles.items():
+        places = list(range(path.stat().st_size))
+        asked = bench.child.ask(
+            "each byte", bench.store, within_s=280, path=str(bench.path(role)), places=places, mask=0xFF, levels=["full"], ask=False
+        )
+        assert asked.error is None, f"{role}: {asked.trace}"
+        assert not [at for at, missed, _ in asked.value if missed], role
 
 
 def test_padding(benches: dict[str, Bench]) -> None:
@@ -248,12 +261,14 @@ def test_padding(benches: dict[str, Bench]) -> None:
     for role in ("lists.bin", "values.bin", "keys.bin"):
         content = bench.roles[role].read_bytes()
         if role == "lists.bin":
-            table = memoryview((bench.roles["lists.dir"]).read_bytes())[HEADER_SIZE:].cast("Q")
-            places = [table[at + 1] - 1 for at in range(3, len(table), 3) if table[at + 1] > table[at - 2] + 64][:3]
+            table = np.frombuffer(bench.roles["lists.dir"].read_bytes(), "<u8", offset=HEADER_SIZE).reshape(-1, 3).astype(int)
+            ends = table[:, 1] + -(-table[:, 0] // 32) * 32 * (5 + 8)
+            places = ends[ends % 64 != 0][:3].tolist()
+            assert places, "some lists end within 64 bytes"
         else:
             n = json.loads(bench.roles["segment.json"].read_text())["entries"]
             end = HEADER_SIZE + n * (2 if role == "values.bin" else 20)
-            places = [at for at in (end, end + 1) if end % 64 and not any(content[end : end + 1])]
+            places = [end, -(-end // 64) * 64 - 1] if end % 64 else []
         for at in places:
             assert content[at] == 0, "this is padding"
             with restored(bench.store, bench.pristine):
@@ -280,6 +295,19 @@ def test_two_damages_are_both_found(bench: Bench) -> None:
         damage.invert(bench.path(role), bench.roles[role].stat().st_size // 2)
     named = {problem[1] for problem in bench.verify("full")["problems"]}
     assert named == {bench.roles[role].relative_to(bench.pristine).as_posix() for role in roles}
+
+
+@pytest.mark.parametrize("done", ["removed", "folder", "FIFO", "broken link", "loop"])
+@pytest.mark.parametrize("role", ["CURRENT", "KNNSTORE"])
+def test_create_does_not_clear_a_damaged_store_away(benches: dict[str, Bench], role: str, done: str) -> None:
+    """The command that made a store, typed again when CURRENT or KNNSTORE is lost, refuses and leaves everything where it is."""
+    bench = benches["raw"]
+    with restored(bench.store, bench.pristine):
+        REPLACEMENTS[done](bench.path(role))
+        before = {path: path.lstat().st_ino for path in bench.store.rglob("*")}
+        with pytest.raises((DamageError, ExistsError)):
+            _create("raw", bench.store, 1)
+        assert {path: path.lstat().st_ino for path in bench.store.rglob("*")} == before
 
 
 def test_command_exits_8(bench: Bench) -> None:

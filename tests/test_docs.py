@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 from doc_pages import Made, Reader, differences, needs, outputs_of, python_path, read_blocks, rewritten
+from numpy.typing import ArrayLike
 
 import knnstore
 from knnstore import errors
@@ -166,10 +167,19 @@ def found_object(name: str) -> Any:
     return found
 
 
+def signature_of(found: Any) -> str:
+    """`inspect.signature`, with ArrayLike by its name."""
+    said = inspect.signature(found)
+    named = [one.replace(annotation="ArrayLike") if one.annotation == ArrayLike else one for one in said.parameters.values()]
+    return str(said.replace(parameters=named))
+
+
 def plain_signature(text: str) -> str:
-    """A signature without spaces, quotes, line ends, self and the places of types."""
-    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", re.sub(r"['\"\s]", "", text))
-    text = re.sub(r"<(\w+\.)*Silent\w*objectat0x\w+>", "SILENT", text.replace(",)", ")"))
+    """A signature without spaces, quotes, self and the places of types."""
+    text = re.sub(r"['\"\s]", "", text).replace(",)", ")")
+    text = re.sub(r"<(\w+\.)*_?Silentobjectat0x\w+>", "SILENT", text)
+    text = re.sub(r"numpy\.ndarray\[tuple\[(?:typing\.)?Any,\.\.\.\],numpy\.dtype\[(?:numpy\.|typing\.)?(\w+)\]\]", r"NDArray[\1]", text)
+    text = re.sub(r"\b(?:np\.|(?:[a-z_]+\.)+(?=[A-Z]))", "", text)
     return re.sub(r"\((?:self|cls),?", "(", text)
 
 
@@ -181,7 +191,7 @@ def test_signatures_are_those_of_the_code(block: Any) -> None:
     """A signature on the page is what `inspect.signature` says."""
     name = block.said
     shown = block.code.removeprefix("class ").removeprefix("def ")
-    assert plain_signature(shown) == plain_signature(f"{name.rpartition('.')[2]}{inspect.signature(found_object(name))}")
+    assert plain_signature(shown) == plain_signature(f"{name.rpartition('.')[2]}{signature_of(found_object(name))}")
 
 
 def public_methods(kind: type) -> list[str]:

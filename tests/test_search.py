@@ -101,11 +101,12 @@ def assert_nearest(hits, segments, queries, k, counts=None):
     expected[:, :n_all] = np.sort(every, axis=1)[:, :n_all]
     found = np.isfinite(expected)
     assert np.array_equal(found, hits.rows >= 0)
-    assert (np.abs(hits.distances[found] - expected[found]) <= np.broadcast_to(tolerance, found.shape)[found]).all()
+    most = np.broadcast_to(tolerance, found.shape)[found]
+    assert (np.abs(hits.distances[found] - expected[found]) <= most).all()
     firsts = np.cumsum([0] + [segment.content.entries for segment in segments])
     places = firsts[hits.segments] + hits.rows
     true = np.take_along_axis(every, np.where(found, places, 0), axis=1)
-    assert (np.abs(hits.distances - true)[found] <= np.broadcast_to(tolerance, found.shape)[found]).all()
+    assert (np.abs(hits.distances[found] - true[found]) <= most).all()
     values = np.concatenate([values_of(segment) for segment in segments])
     assert np.array_equal(hits.values[found], values[places[found]])
     assert_sorted(hits)
