@@ -195,9 +195,7 @@ def test_values_are_shifted_by_one_against_keys(tmp_path, name):
         found = lm.predict("Scrooge was").p_knn
         query = kind.bos + lms.token_ids(kind.tokenizer, "Scrooge was")
         # The last entry has no token after the next, so it is left out of all three; its share is small.
-        apart = [
-            np.abs(expected(kind, keys[:-1], shifted, query, 1.0, 2.0)[1] - found).max() for shifted in (right, current, after_next)
-        ]
+        apart = [np.abs(expected(kind, keys[:-1], shifted, query, 1.0, 2.0)[1] - found).max() for shifted in (right, current, after_next)]
         assert apart[0] < 0.005
         assert min(apart[1:]) > 0.05
         np.testing.assert_allclose(found, expected(kind, keys, values, query, 1.0, 2.0)[1], **CLOSE)

@@ -366,9 +366,9 @@ def test_block_checksums(path: Path) -> None:
 
 
 @contextmanager
-def contexts_of(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A write transaction on contexts.lmdb and its databases."""
-    file = files_by_role(path)["contexts.lmdb"]
+def contexts_of(path: Path, file: Path | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A write transaction on a contexts.lmdb, the first segment's if none is named, and its databases."""
+    file = file or files_by_role(path)["contexts.lmdb"]
     with lmdb.open(str(file), subdir=False, lock=False, max_dbs=3, map_size=1 << 26) as environment:
         databases = {name: environment.open_db(name.encode()) for name in ("documents", "ids", "text")}
         with environment.begin(write=True) as transaction:
@@ -376,11 +376,14 @@ def contexts_of(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     resign(path)
 
 
-def _records(path: Path, database: str) -> list[tuple[bytes, bytes]]:
-    file = files_by_role(path)["contexts.lmdb"]
-    with lmdb.open(str(file), subdir=False, lock=False, readonly=True, max_dbs=3) as environment:
-        with environment.begin() as transaction, transaction.cursor(environment.open_db(database.encode(), transaction)) as cursor:
-            return [(bytes(key), bytes(value)) for key, value in cursor]
+def _records(file: Path, database: str) -> list[tuple[bytes, bytes]]:
+    """What is in a database of a contexts.lmdb, in order."""
+    with (
+        lmdb.open(str(file), subdir=False, lock=False, readonly=True, max_dbs=3) as environment,
+        environment.begin() as transaction,
+        transaction.cursor(environment.open_db(database.encode(), transaction)) as cursor,
+    ):
+        return [(bytes(key), bytes(value)) for key, value in cursor]
 
 
 def _rewritten(packed: bytes, change: Callable[[bytearray], None]) -> bytes:
@@ -424,7 +427,7 @@ def set_byte(at: int, value: int) -> Callable[[bytearray], None]:
 )
 def test_documents_and_text(path: Path, database: str, change: Callable[[bytearray], None], said: str) -> None:
     """Records and frames that decompress and are not what belongs there."""
-    key, packed = _records(path, database)[0]
+    key, packed = _records(files_by_role(path)["contexts.lmdb"], database)[0]
     with contexts_of(path) as (transaction, databases):
         transaction.put(key, _rewritten(packed, change), db=databases[database])
     (problem,) = problems_of(path)
@@ -438,7 +441,7 @@ def test_documents_and_text(path: Path, database: str, change: Callable[[bytearr
 def test_records_that_are_gone(tmp_path: Path, database: str, at: int, said: str) -> None:
     """A frame, a document or a key of the index that is not there."""
     path = make(tmp_path / "s.knn", 3_000)
-    (key, _) = _records(path, database)[at]
+    (key, _) = _records(files_by_role(path)["contexts.lmdb"], database)[at]
     with contexts_of(path) as (transaction, databases):
         transaction.delete(key, db=databases[database])
     (problem,) = problems_of(path)
@@ -448,7 +451,7 @@ def test_records_that_are_gone(tmp_path: Path, database: str, at: int, said: str
 
 def test_a_frame_that_is_no_frame(path: Path) -> None:
     """What does not decompress, and what would take too much memory, is a problem and no more."""
-    (key, packed) = _records(path, "text")[0]
+    (key, packed) = _records(files_by_role(path)["contexts.lmdb"], "text")[0]
     bomb = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(1 << 26))
     for content in (packed[:-1], b"", b"\0" * 40, bomb, zstandard.compress(b"short")):
         with contexts_of(path) as (transaction, databases):
@@ -460,23 +463,13 @@ def test_a_frame_that_is_no_frame(path: Path) -> None:
 def test_text_that_goes_over_segments(tmp_path: Path) -> None:
     """The hash of a document in three segments is that of all its text."""
     path = make(tmp_path / "s.knn", 250, segment_entries=100)
-    middle = next(file for file in path.glob("segments/*/contexts.lmdb") if b'"part":1' in _only_record(file))
-    with lmdb.open(str(middle), subdir=False, lock=False, max_dbs=3, map_size=1 << 26) as environment:
-        text = environment.open_db(b"text")
-        with environment.begin(write=True) as transaction, transaction.cursor(text) as cursor:
-            cursor.first()
-            key, packed = bytes(cursor.key()), bytes(cursor.value())
-            transaction.put(key, _rewritten(packed, set_byte(-1, ord("~"))), db=text)
-    resign(path)
+    files = path.glob("segments/*/contexts.lmdb")
+    middle = next(file for file in files if b'"part":1' in zstandard.decompress(_records(file, "documents")[0][1]))
+    (key, packed) = _records(middle, "text")[0]
+    with contexts_of(path, middle) as (transaction, databases):
+        transaction.put(key, _rewritten(packed, set_byte(-1, ord("~"))), db=databases["text"])
     (problem,) = problems_of(path)
     assert "hash in its record" in problem.detail
-
-
-def _only_record(file: Path) -> bytes:
-    with lmdb.open(str(file), subdir=False, lock=False, readonly=True, max_dbs=3) as environment:
-        with environment.begin() as transaction, transaction.cursor(environment.open_db(b"documents", transaction)) as cursor:
-            assert cursor.first()
-            return zstandard.decompress(cursor.value())
 
 
 def with_content(**changes: Any) -> Callable[[Manifest], Manifest]:
