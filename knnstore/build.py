@@ -38,7 +38,7 @@ DEFAULT_K = 1_024  # neighbours: more help perplexity more than better distances
 DEFAULT_NPROBE = 32  # lists: beyond this, perplexity gains under 0.1%
 SAMPLE_BYTES = 1 << 30  # bytes of sampled keys held while training
 SAMPLE_MIN = 65_536  # keys: what a product quantizer is trained on at most
-MEASURED_ROWS = 256  # rows, of those encoded at a time, whose distortion is measured
+MEASURED_ROWS = 1_024  # rows, of those encoded at a time, whose distortion is measured
 ENCODE_ROWS = 16_384  # rows encoded at a time
 
 

@@ -131,9 +131,7 @@ class Header:
 
     def pack(self) -> bytes:
         """The 64 bytes as they stand in the file."""
-        body = _HEADER.pack(
-            MAGIC, HEADER_VERSION, self.kind, self.codec, 1, self.dtype, 0, self.rows, self.columns, self.owner, self.check
-        )
+        body = _HEADER.pack(MAGIC, HEADER_VERSION, self.kind, self.codec, 1, self.dtype, 0, self.rows, self.columns, self.owner, self.check)
         return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
 

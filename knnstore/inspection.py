@@ -38,9 +38,7 @@ def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
 def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The fields of `knnstore info --json`, from the manifest alone."""
     parts = {"lists": (LISTS_FILE, DIRECTORY_FILE), "values": (VALUES_FILE,), "contexts": (CONTEXTS_FILE,), "keys": (KEYS_FILE,)}
-    sizes = {
-        part: sum(segment.content.size_of(name) for segment in manifest.segments for name in names) for part, names in parts.items()
-    }
+    sizes = {part: sum(segment.content.size_of(name) for segment in manifest.segments for name in names) for part, names in parts.items()}
     files = [file for space in manifest.spaces for file in space.files] + [file for coarse in manifest.coarse for file in coarse.files]
     centroids = sum(file.size for file in files)
     n_entries = sum(segment.n_live() for segment in manifest.segments)

@@ -172,7 +172,8 @@ class Reader:
                 printed = self._python(block, at) if block.tag == "python" else self.type(block.code)
                 output = outputs.get(block.line)
                 if output is not None:
-                    yield Shown(at, output.code, printed, output.line, output.line + len(output.code.split("\n")))
+                    stop = output.line + (len(output.code.split("\n")) if output.code else 0)
+                    yield Shown(at, output.code, printed, output.line, stop)
                 elif block.tag == "python":
                     yield Shown(at, "", printed, 0, 0)
 
@@ -209,13 +210,13 @@ class Reader:
         if len(ours) != 1:
             return self._bash(command, None, merge=True)
         at = ours[0]
-        given = self._bash(shlex_pipe(stages[:at]), None, merge=False) if at else None
+        given = self._bash(_pipe(stages[:at]), None, merge=False) if at else None
         after = stages[at + 1 :]
         done = self._knnstore(stages[at][1:], given)
         self.exit_code = done.exit_code
         if not after:
             return done.output
-        return done.stderr + self._bash(shlex_pipe(after), done.stdout, merge=True)
+        return done.stderr + self._bash(_pipe(after), done.stdout, merge=True)
 
     def _knnstore(self, arguments: list[str], given: str | None) -> Result:
         return self.made.create(arguments, self.folder) if arguments[0] == "create" and given is None else _invoke(arguments, given)
@@ -238,13 +239,14 @@ class Reader:
 
 
 def _words(command: str) -> list[str] | None:
-    """The words of a line whose only operator is a pipe, None for any other."""
+    """The words of a line whose only operator is a pipe, None for anything else."""
+    if "\n" in command.strip() or "$(" in command or "`" in command:
+        return None
     lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words = list(lexer)
-    operators = [word for word in words if set(word) <= set("();<>|&")]
-    simple = "\n" not in command.strip() and "$(" not in command and "`" not in command and set(operators) <= {"|"}
-    return words if simple and words else None
+    operators = {word for word in words if set(word) <= set("();<>|&")}
+    return words if words and operators <= {"|"} else None
 
 
 def _split(words: Sequence[str], at: str) -> Iterator[list[str]]:
@@ -257,7 +259,7 @@ def _split(words: Sequence[str], at: str) -> Iterator[list[str]]:
             stage.append(word)
 
 
-def shlex_pipe(stages: Sequence[Sequence[str]]) -> str:
+def _pipe(stages: Sequence[Sequence[str]]) -> str:
     return " | ".join(shlex.join(stage) for stage in stages)
 
 

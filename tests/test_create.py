@@ -108,7 +108,7 @@ def test_a_store_holds_what_an_independent_reading_finds(tmp_path, kind, request
         found = lms.content_of(store)
     expected = sorted(corpus.items(), key=place)
     eos, bos = model.tokenizer.eos_token_id, model.tokenizer.bos_token_id
-    ids = {name: lms.token_ids(model.tokenizer, text)[0 if bos is not None else 1 :] + [eos] for name, (_, text, _) in expected}
+    ids = {name: [*lms.token_ids(model.tokenizer, text)[0 if bos is not None else 1 :], eos] for name, (_, text, _) in expected}
     assert found.documents == [(name, source, len(ids[name]), metadata) for name, (source, _, metadata) in expected]
     assert found.texts == [text for _, (_, text, _) in expected]
     assert found.values.tolist() == [token for name, _ in expected for token in ids[name]]
@@ -234,7 +234,7 @@ def test_characters_of_several_tokens_stand_on_both_sides_of_a_boundary(tmp_path
             assert hit.token == text[hit.char_start : hit.char_end]
             assert hit.token or hit.token_id == gpt2.tokenizer.eos_token_id
             places[hit.token_index] = hit.token_id
-    assert [places[i] for i in range(len(places))] == lms.token_ids(gpt2.tokenizer, text) + [gpt2.tokenizer.eos_token_id]
+    assert [places[i] for i in range(len(places))] == [*lms.token_ids(gpt2.tokenizer, text), gpt2.tokenizer.eos_token_id]
 
 
 def test_a_segment_that_ends_with_a_document_ends_there(tmp_path, gpt2):
@@ -492,7 +492,7 @@ def test_another_model_is_refused_unless_allowed(tmp_path, gpt2):
         with pytest.warns(UserWarning, match="built with checkpoint"):
             lm = KnnLM.load(store, other, allow_model_mismatch=True)
         np.testing.assert_allclose(lm.predict("Scrooge").p.sum(), 1.0)
-        with pytest.warns(UserWarning, match="built with"), pytest.raises(CheckpointMismatchError, match="32 dimensions.* has 48"):
+        with pytest.warns(UserWarning, match="built with"), pytest.raises(CheckpointMismatchError, match=r"32 dimensions.* has 48"):
             KnnLM.load(store, wider, allow_model_mismatch=True)
         with pytest.raises(CheckpointMismatchError, match="tokenizer"):
             KnnLM.load(store, gpt2.model, tokenizer=lms.llama_tokenizer(bos=True))
@@ -501,7 +501,7 @@ def test_another_model_is_refused_unless_allowed(tmp_path, gpt2):
 def test_a_model_needs_a_tokenizer(tmp_path):
     """Said by name, with what to give."""
     corpus = lms.write_texts(tmp_path / "corpus", {"a.txt": "Marley was dead"})
-    with pytest.raises(ModelError, match="without a tokenizer. Give one with tokenizer="):
+    with pytest.raises(ModelError, match=r"without a tokenizer\. Give one with tokenizer="):
         create(tmp_path / "made.knn", corpus, model=lms.gpt2_model())
 
 

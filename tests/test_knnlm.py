@@ -194,7 +194,7 @@ def test_settings_out_of_range_are_refused_before_a_model_is_loaded(store, optio
 
 def test_a_domain_that_is_not_there_is_named_before_a_model_is_loaded(store):
     """With those that are."""
-    with pytest.raises(NotFoundError, match="domain 'law': not in this datastore. It has default"):
+    with pytest.raises(NotFoundError, match=r"domain 'law': not in this datastore\. It has default"):
         KnnLM.load(store, "no-such-model", domains="law")
 
 

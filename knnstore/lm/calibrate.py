@@ -83,7 +83,7 @@ def fit(held_out: HeldOut) -> tuple[float, float, float]:
     best = (0.0, scale, np.inf)
     for temperature in (TEMPERATURES * scale).tolist():
         log_p_knn = knn_gold_log_probs(held_out.distances, held_out.values, held_out.gold, temperature=temperature)
-        loss = -mix_gold(held_out.log_p_lm, log_p_knn, LAMBDAS, found=held_out.values[:, 0] >= 0).mean(axis=0)      # (lambdas,)
+        loss = -mix_gold(held_out.log_p_lm, log_p_knn, LAMBDAS, found=held_out.values[:, 0] >= 0).mean(axis=0)  # (lambdas,)
         at = int(loss.argmin())
         if loss[at] < best[2]:
             best = (float(LAMBDAS[at]), temperature, float(loss[at]))

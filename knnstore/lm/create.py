@@ -36,7 +36,7 @@ from knnstore.lm.models import LanguageModel, load_language_model
 from knnstore.lm.reading import DraftSegment, Reading, read_corpus
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import SILENT, Progress, Stage
-from knnstore.storage.arrays import MappedArray, map_file
+from knnstore.storage.arrays import MappedArray
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.contexts import ContextsReader
@@ -44,7 +44,7 @@ from knnstore.storage.files import disk
 from knnstore.storage.jobs import job_name, run_job
 from knnstore.storage.manifest import Operation, WindowRule
 from knnstore.storage.segment import Segment
-from knnstore.storage.segment_writer import CodesWriter, finish_segment, tidy_segment
+from knnstore.storage.segment_writer import CodesWriter, finish_segment, tidy_segment, written_codes
 from knnstore.storage.space import Space, raw_space
 from knnstore.store import Datastore, open_store
 
@@ -254,11 +254,6 @@ class _Creation:
             raise CorpusError("no entries: every document is empty. Give a corpus with text.")
         return reading
 
-    def tokens(self, draft: DraftSegment, contexts: ContextsReader) -> SegmentTokens:
-        owner = bytes.fromhex(draft.folder.name)
-        values = MappedArray(draft.folder / VALUES_FILE, kind=Kind.VALUES, owner=owner, n_rows=draft.n_rows)
-        return SegmentTokens(values, contexts, context=self.rule.context, stride=self.rule.stride)
-
     def index(self, reading: Reading) -> tuple[Space, Coarse | None]:
         """The space and lists, trained on a sample of windows from the whole corpus."""
         dim = self.embedder.extractor.key.dim
@@ -277,7 +272,9 @@ class _Creation:
         for draft in reading.segments:
             contexts = ContextsReader(draft.folder / CONTEXTS_FILE, n_rows=draft.n_rows)
             stack.callback(contexts.close)
-            tokens.append(self.tokens(draft, contexts))
+            owner = bytes.fromhex(draft.folder.name)
+            values = MappedArray(draft.folder / VALUES_FILE, kind=Kind.VALUES, owner=owner, n_rows=draft.n_rows)
+            tokens.append(SegmentTokens(values, contexts, context=self.rule.context, stride=self.rule.stride))
         return tokens
 
     def _sample(self, tokens: Sequence[SegmentTokens], n_entries: int) -> _Sample:
@@ -309,17 +306,20 @@ class _Creation:
         ):
             for of_segment, windows, starts in zip(tokens, sample.windows, sample.starts, strict=True):
                 missing = ~writer.done[starts]
-                self._embed(of_segment, windows[missing], starts[missing], stage, writer, None, None)
+                self._embed(of_segment, windows[missing], starts[missing], stage, writer, None)
             writer.save()
-        return map_file(folder / "codes.tmp").view("<f4").reshape(sample.n, dim)
+        return self._spilled(sample, dim)
+
+    def _spilled(self, sample: _Sample, dim: int) -> NDArray[np.float32]:
+        space = raw_space(dim)
+        return space.decode(written_codes(self.job / "sample", space=space, n_rows=sample.n))
 
     def encode(self, reading: Reading, space: Space, coarse: Coarse | None) -> None:
         """Keys, codes and lists of every segment."""
-        dim = space.dim
         with ExitStack() as stack:
             tokens = self._open_tokens(reading, stack)
             sample = self._sample(tokens, reading.entries)
-            sampled = map_file(self.job / "sample" / "codes.tmp").view("<f4").reshape(sample.n, dim)
+            sampled = self._spilled(sample, space.dim)
             finished = sum(draft.n_rows for draft in reading.segments if (draft.folder / SEGMENT_FILE).exists())
             with self.progress.stage("embedding", total=reading.entries, unit="tokens", done=finished) as stage:
                 for i, draft in enumerate(reading.segments):
@@ -351,7 +351,7 @@ class _Creation:
                 stage.advance(sum(map(len, keys)))
             writer.save()
             missing = np.flatnonzero(~writer.done[rows])
-            self._embed(tokens, missing, rows[missing], stage, writer, space, coarse)
+            self._embed(tokens, missing, rows[missing], stage, writer, coarse)
             writer.save()
             distortion = writer.distortion_sum / max(1, writer.distortion_count)
         finish_segment(
@@ -374,20 +374,14 @@ class _Creation:
         places: NDArray[np.int64],
         stage: Stage,
         writer: CodesWriter,
-        space: Space | None,
         coarse: Coarse | None,
     ) -> None:
-        """Runs the model over windows and puts their keys (or, with a space, their codes) at their places; saves now and then."""
+        """Runs the model over windows and puts the codes of their keys at their places; saves now and then."""
         saved = time.monotonic()
         place_of = dict(zip(windows.tolist(), places.tolist(), strict=True))
         for batch in self.embedder.batches(tokens, windows):
             keys = self.embedder.keys(tokens, batch)
-            starts = [place_of[int(window)] for window in batch]
-            if space is None:
-                for start, of_window in zip(starts, keys, strict=True):
-                    writer.put(start, of_window.view(np.uint8), np.zeros(len(of_window), np.uint32), None)
-            else:
-                encode_runs(writer, starts, keys, space, coarse)
+            encode_runs(writer, [place_of[int(window)] for window in batch], keys, writer.space, coarse)
             stage.advance(sum(map(len, keys)))
             if time.monotonic() - saved > SAVE_SECONDS:
                 writer.save()

@@ -53,7 +53,7 @@ def neighbor_weights(
     nearest = known.min(axis=1, keepdims=True, initial=np.inf)
     # Counted from the nearest, since a small temperature may make all of them infinite.
     with np.errstate(over="ignore"):
-        scores = -(known - np.where(np.isfinite(nearest), nearest, 0.0)) / temperature   # (n, k)
+        scores = -(known - np.where(np.isfinite(nearest), nearest, 0.0)) / temperature  # (n, k)
     if log_weights is not None:
         scores += log_weights
     top = scores.max(axis=1, keepdims=True, initial=-np.inf)
@@ -114,7 +114,7 @@ def mix(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lmbda: ArrayLike) -> Array:
         raise InvalidArgumentError(f"lambda of shape {weight.shape}: give one number, or one for each of the {len(lm)} rows.")
     if weight.size and not (0.0 <= float(weight.min()) <= float(weight.max()) <= 1.0):
         raise InvalidArgumentError(f"lambda {float(weight.min())} to {float(weight.max())}: use numbers from 0 to 1.")
-    weight = np.where(np.isneginf(knn).all(axis=1), 0.0, weight)[:, None]                # (n, 1)
+    weight = np.where(np.isneginf(knn).all(axis=1), 0.0, weight)[:, None]  # (n, 1)
     with np.errstate(divide="ignore"):
         return np.logaddexp(np.log(weight) + knn, np.log1p(-weight) + lm)
 

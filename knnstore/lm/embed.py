@@ -68,11 +68,9 @@ class Embedder:
     def keys(self, tokens: SegmentTokens, windows: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """Keys of each window's entries, (n_entries, dim) float32 each, from one forward pass of the trunk."""
         inputs = [tokens.inputs(int(window)) for window in windows]
-        keys = self.extractor.keys(right_padded(inputs, self.model.device))                    # (b, t, dim)
+        keys = self.extractor.keys(right_padded(inputs, self.model.device))  # (b, t, dim)
         counts = tokens.windows.n_entries[windows]
-        return [
-            keys[i, len(ids) - int(n) : len(ids)].float().cpu().numpy() for i, (ids, n) in enumerate(zip(inputs, counts, strict=True))
-        ]
+        return [keys[i, len(ids) - int(n) : len(ids)].float().cpu().numpy() for i, (ids, n) in enumerate(zip(inputs, counts, strict=True))]
 
     def keys_and_logits(self, tokens: SegmentTokens, window: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Keys (n, dim) and logits (n, vocab), float32, of one window's n entries."""

@@ -91,9 +91,7 @@ def read_corpus(
     """
     if (job / _READ_FILE).exists():
         return _reading(job, parse_json(job / _READ_FILE))
-    reader = _Reader(
-        job, tokenizer=tokenizer, vocab_size=vocab_size, prefix_tokens=prefix_tokens, segment_entries=segment_entries
-    )
+    reader = _Reader(job, tokenizer=tokenizer, vocab_size=vocab_size, prefix_tokens=prefix_tokens, segment_entries=segment_entries)
     with closing(reader), progress.stage("reading and tokenizing", total=None, unit="tokens", done=reader.n_rows) as stage:
         for document in read_documents(files):
             reader.take(document, stage)

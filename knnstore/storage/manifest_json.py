@@ -112,6 +112,8 @@ def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
 def parse_manifest(raw: bytes, at: str) -> Manifest:
     """A manifest from its file's bytes. Raises DamageError for what is not one, FormatError for one of a later format."""
     fields = parse_json_bytes(raw, at)
+    if not _is_whole(raw):  # in later formats too this field and the next mean the same
+        raise DamageError(f"{at}: its content does not match its checksum. Run `knnstore verify`.")
     if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT_VERSION:
         raise FormatError(f"{at}: format {fields['format']}; this knnstore reads up to {FORMAT_VERSION}. Install a newer one.")
     names = (
@@ -119,8 +121,6 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
         "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid",
     )  # fmt: skip
     fields = parse_object(fields, at, required=names)
-    if not _is_whole(raw):
-        raise DamageError(f"{at}: its content does not match its checksum. Run `knnstore verify`.")
     if parse_size(fields["format"], f"{at}.format") != FORMAT_VERSION:
         raise DamageError(f"{at}: format {fields['format']}, which there never was. Run `knnstore verify`.")
     features = parse_object(fields["features"], f"{at}.features", required=("reader", "writer"))

@@ -41,7 +41,7 @@ from knnstore.storage.manifest_json import canonical, segment_content_fields
 from knnstore.storage.segment import read_segment_content
 from knnstore.storage.space import Space
 
-__all__ = ["CodesWriter", "DocumentsWriter", "finish_segment", "tidy_segment"]
+__all__ = ["CodesWriter", "DocumentsWriter", "finish_segment", "tidy_segment", "written_codes"]
 
 _KEY_TYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
 _CODES = "codes.tmp"
@@ -230,12 +230,18 @@ def _joined(runs: Sequence[tuple[int, int]]) -> list[list[int]]:
     return joined
 
 
+_LARGEST_KEY = {"f16": 65_504.0, "bf16": 255 * 2.0**120, "f32": np.inf}  # finite numbers that do not become infinity
+
+
 def stored_keys(keys: NDArray[np.float32], kind: str) -> NDArray[Any]:
-    """Keys as they are kept: `f16`, `bf16` or `f32`. Raises InvalidArgumentError where float16 would overflow."""
+    """Keys as they are kept: `f16`, `bf16` or `f32`. Raises InvalidArgumentError where one is too large for that."""
+    largest = float(np.abs(keys).max(initial=0))
+    if largest > _LARGEST_KEY[kind]:
+        raise InvalidArgumentError(
+            f"a key has {largest:.6g}, more than {kind} holds ({_LARGEST_KEY[kind]:.6g}). Keep keys in a wider type."
+        )
     if kind == "bf16":
         return to_bfloat16(keys)
-    if kind == "f16" and len(keys) and float(np.abs(keys).max()) > np.finfo(np.float16).max:
-        raise InvalidArgumentError(f"a key has {np.abs(keys).max():.0f}, more than float16 holds. Keep keys as bf16 or f32.")
     return np.ascontiguousarray(keys, dtype=NUMPY_TYPES[_KEY_TYPES[kind]])
 
 
@@ -257,7 +263,7 @@ def finish_segment(
     values, values_dtype = _finished_values(folder, owner)
     n_rows = len(values)
     nlist = 1 if coarse is None else coarse.nlist
-    codes = _mapped(folder / _CODES, np.dtype("u1")).reshape(n_rows, space.code_size)
+    codes = written_codes(folder, space=space, n_rows=n_rows)
     lists = None if coarse is None else _mapped(folder / _LISTS, np.dtype("<u4"))
     write_lists(folder, space=space, owner=owner, codes=codes, lists=lists, nlist=nlist, values=values)
     names = [LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FILE]
@@ -298,6 +304,11 @@ def tidy_segment(folder: Path) -> None:
         if child.name not in kept:
             disk.remove(child)
     disk.sync_folder(folder)
+
+
+def written_codes(folder: Path, *, space: Space, n_rows: int) -> NDArray[np.uint8]:
+    """What a `CodesWriter` has put in a folder, (n_rows, code_size) u8, mapped."""
+    return _mapped(folder / _CODES, np.dtype("u1")).reshape(n_rows, space.code_size)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
