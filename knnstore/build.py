@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import DamageError, ExistsError, InvalidArgumentError, NotFoundError
-from knnstore.format import COARSE, CODECS_BY_NAME, SEGMENT_ENTRIES, SEGMENTS, SPACES, Codec
+from knnstore.format import COARSE, CODECS_BY_NAME, SEGMENT_ENTRIES, SEGMENTS, SPACES, STORE_FILE, Codec
 from knnstore.storage.catalog import StoreFolder, commit, file_records, lay_foundation, list_manifests, now
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
@@ -247,8 +247,8 @@ def take_back(store: StoreFolder, job: Path) -> None:
 
 
 def _is_foreign(path: Path) -> bool:
-    known = {"manifests", "spaces", "coarse", "segments", "tags", "staging", "LOCK"}  # left by a create that was killed at once
-    return any(child.name not in known for child in path.iterdir())
+    left_by_a_kill = f"{STORE_FILE}.tmp"  # KNNSTORE comes first
+    return any(child.name != left_by_a_kill for child in path.iterdir())
 
 
 def _difference(begun: Mapping[str, Any], asked: Mapping[str, Any]) -> tuple[str, str]:

@@ -114,7 +114,11 @@ def outputs_of(blocks: Sequence[Block]) -> dict[int, Block]:
     return {
         before.line: block
         for before, block in zip(blocks, blocks[1:], strict=False)
-        if block.after and block.tag in ("text", "json") and not block.mark and before.tag in ("python", "sh") and before.mark in ("", "slow")
+        if block.after
+        and block.tag in ("text", "json")
+        and not block.mark
+        and before.tag in ("python", "sh")
+        and before.mark in ("", "slow")
     }
 
 

@@ -196,7 +196,7 @@ def test_signatures_are_those_of_the_code(block: Any) -> None:
 
 def public_methods(kind: type) -> list[str]:
     """Methods that a class itself defines for its users."""
-    return [name for name, found in vars(kind).items() if inspect.isroutine(found) or isinstance(found, classmethod) if name[0] != "_"]
+    return [name for name, found in vars(kind).items() if inspect.isfunction(getattr(found, "__func__", found)) and name[0] != "_"]
 
 
 @pytest.mark.parametrize("name", [name for name in knnstore.__all__ if name not in ("__version__", "errors")])
@@ -233,9 +233,10 @@ def test_error_table_is_that_of_the_code() -> None:
     """Every class with its exit code, its base and its meaning, in the order of exit codes."""
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (?:`(\w+)`)? ?\| (.+?) \|", ERRORS.read_text(encoding="utf-8"), re.MULTILINE)
     classes = [getattr(errors, name) for name in errors.__all__ if name != "KnnstoreError"]
+    bases = {one: one.__bases__[0] for one in classes}
     meant = {
-        (str(one.exit_code), one.__name__, "" if one.__base__ is errors.KnnstoreError else one.__base__.__name__, one.__doc__.strip())
-        for one in classes
+        (str(one.exit_code), one.__name__, "" if base is errors.KnnstoreError else base.__name__, one.__doc__.strip())
+        for one, base in bases.items()
     }
     assert set(rows) == meant
     assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
@@ -277,7 +278,8 @@ def missing_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GGUF file where nothing that reads it is installed."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (folder / "smollm2-135m.gguf").write_bytes(b"GGUF")
-    knnstore.create(folder / "store.knn", __file__.replace(".py", ".txt"), model=folder / "smollm2-135m.gguf")
+    (folder / "text.txt").write_text("Marley was dead.", encoding="utf-8")
+    knnstore.create(folder / "store.knn", folder / "text.txt", model=folder / "smollm2-135m.gguf")
 
 
 PROVOKED: dict[str, Callable[[Path, pytest.MonkeyPatch], None]] = {

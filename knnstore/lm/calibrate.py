@@ -78,8 +78,9 @@ def calibrate(
 
 def fit(held_out: HeldOut) -> tuple[float, float, float]:
     """λ, temperature and the mixed perplexity they reach: the best of a grid over both."""
-    nearest = held_out.distances[:, 0]
-    scale = max(float(np.median(nearest[np.isfinite(nearest)])), 1e-6)
+    nearest, every = (part[np.isfinite(part)] for part in (held_out.distances[:, 0], held_out.distances))
+    # A corpus of copies has its neighbours at distance 0, which is no scale for those further off.
+    scale = max(float(np.median(nearest)), 1e-3 * float(np.median(every)), 1e-6)
     best = (0.0, scale, np.inf)
     for temperature in (TEMPERATURES * scale).tolist():
         log_p_knn = knn_gold_log_probs(held_out.distances, held_out.values, held_out.gold, temperature=temperature)

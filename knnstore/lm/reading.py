@@ -17,7 +17,7 @@ from knnstore.errors import CorpusError
 from knnstore.lm.corpus import ContentHash, CorpusFile, Document, SkippedDocument, read_documents
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import Progress, Stage
-from knnstore.storage.files import disk, write_file
+from knnstore.storage.files import disk, replace_file
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 from knnstore.storage.segment_writer import DocumentsWriter
@@ -270,7 +270,7 @@ class _Reader:
             "skipped": self._skipped,
             "uuid": draft.uuid,
         }
-        _write_json(draft.folder, _DRAFT_FILE, fields)
+        replace_file(draft.folder / _DRAFT_FILE, canonical(fields))
         disk.sync_folder(draft.folder.parent)
         self._segments.append({"uuid": draft.uuid, "rows": draft.n_rows, "documents": draft.n_documents})
         self._draft = None
@@ -284,7 +284,7 @@ class _Reader:
             "segments": self._segments,
             "skipped": self._skipped,
         }
-        _write_json(self._job, _READ_FILE, fields)
+        replace_file(self._job / _READ_FILE, canonical(fields))
 
     def close(self) -> None:
         """Gives up a draft that is not finished."""
@@ -301,9 +301,3 @@ def _add(draft: DocumentsWriter, stretch: _Stretch, at: int, n: int) -> None:
     end = text_stop if stop == len(stretch.values) else min(max(int(stretch.starts[stop]), int(stretch.ends[stop - 1])), text_stop)
     text = stretch.text[begin - stretch.text_start : end - stretch.text_start]
     draft.add(stretch.values[at:stop], starts=stretch.starts[at:stop], ends=stretch.ends[at:stop], text=text, text_start=begin)
-
-
-def _write_json(folder: Path, name: str, fields: dict[str, Any]) -> None:
-    write_file(folder / f"{name}.tmp", canonical(fields))
-    disk.replace(folder / f"{name}.tmp", folder / name)
-    disk.sync_folder(folder)

@@ -29,7 +29,7 @@ from knnstore.format import (
     TAGS,
     WRITER_FEATURES,
 )
-from knnstore.storage.files import disk, hold_lock, sha256_file, write_file
+from knnstore.storage.files import disk, hold_lock, replace_file, sha256_file, write_file
 from knnstore.storage.manifest import FileRecord, Manifest
 from knnstore.storage.manifest_json import canonical, manifest_bytes, parse_manifest
 from knnstore.storage.parse import NOT_PLAIN, parse_hex, parse_json_bytes, parse_object, parse_size, read_small
@@ -117,15 +117,14 @@ def identity_bytes(store_uuid: str) -> bytes:
 
 def lay_foundation(store: StoreFolder) -> str:
     """Makes the folders and the identity of a new store; where that was begun before, takes it up. Returns the store's uuid."""
+    disk.make_folder(store.path)
+    disk.sync_folder(store.path.absolute().parent)
+    if not store.identity.exists():
+        replace_file(store.identity, identity_bytes(uuid.uuid4().hex))
     for name in (MANIFESTS, SPACES, COARSE, SEGMENTS, TAGS, STAGING):
         disk.make_folder(store.path / name)
-    if store.identity.exists():
-        with contextlib.suppress(DamageError):
-            return read_identity(store)
-    store_uuid = uuid.uuid4().hex
-    write_file(store.identity, identity_bytes(store_uuid))
     disk.sync_folder(store.path)
-    return store_uuid
+    return read_identity(store)
 
 
 def read_identity(store: StoreFolder) -> str:
@@ -295,10 +294,7 @@ def commit(
         disk.link(temporary, target)
         disk.remove(temporary)
         disk.sync_folder(store.manifests)
-        new_current = store.current.with_suffix(".tmp")
-        write_file(new_current, f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n".encode())
-        disk.replace(new_current, store.current)
-        disk.sync_folder(store.path)
+        replace_file(store.current, f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n".encode())
     return manifest
 
 

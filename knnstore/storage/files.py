@@ -18,7 +18,7 @@ import numpy as np
 
 from knnstore.errors import LockedError, StorageError
 
-__all__ = ["ArrayFile", "Disk", "FileWriter", "adopt", "disk", "hold_lock", "write_file"]
+__all__ = ["ArrayFile", "Disk", "FileWriter", "adopt", "disk", "hold_lock", "replace_file", "sha256_file", "write_file"]
 
 _CHUNK = 1 << 22  # bytes read or written at a time
 
@@ -199,6 +199,14 @@ def write_file(path: Path, content: bytes) -> None:
     with FileWriter(path) as writer:
         writer.write(content)
         writer.finish()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Puts a small file in place: whole, or as it was before. Syncs it and its folder."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    write_file(temporary, content)
+    disk.replace(temporary, path)
+    disk.sync_folder(path.parent)
 
 
 def sha256_file(path: Path, seen: Callable[[int], None] | None = None) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.storage.catalog import StoreFolder
-from knnstore.storage.files import disk, hold_lock, write_file
+from knnstore.storage.files import disk, hold_lock, replace_file
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 
@@ -48,9 +48,7 @@ def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iter
     disk.make_folder(folder)
     with hold_lock(folder / _LOCK, purpose="at the same job", wait=False):
         if not (folder / JOB_FILE).exists():
-            write_file(folder / f"{JOB_FILE}.tmp", canonical(dict(arguments)))
-            disk.replace(folder / f"{JOB_FILE}.tmp", folder / JOB_FILE)
-            disk.sync_folder(folder)
+            replace_file(folder / JOB_FILE, canonical(dict(arguments)))
         try:
             yield folder
         except InvalidArgumentError:

@@ -34,7 +34,7 @@ from knnstore.storage.arrays import MappedArray, checksums, map_file, to_bfloat1
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.contexts_writer import ContextsWriter
-from knnstore.storage.files import ArrayFile, FileWriter, disk, sha256_file, write_file
+from knnstore.storage.files import ArrayFile, FileWriter, disk, replace_file, sha256_file
 from knnstore.storage.lists import write_lists
 from knnstore.storage.manifest import FileRecord, SegmentContent, WindowRule
 from knnstore.storage.manifest_json import canonical, segment_content_fields
@@ -289,8 +289,7 @@ def finish_segment(
         distortion=distortion,
         files=tuple(files),
     )
-    write_file(folder / f"{SEGMENT_FILE}.tmp", canonical(segment_content_fields(content)))
-    disk.replace(folder / f"{SEGMENT_FILE}.tmp", folder / SEGMENT_FILE)  # whole, or not there
+    replace_file(folder / SEGMENT_FILE, canonical(segment_content_fields(content)))
     tidy_segment(folder)
     return content
 
@@ -299,7 +298,6 @@ def tidy_segment(folder: Path) -> None:
     """Removes from a finished segment what only its job needed. Call it again where a kill may have come between."""
     content, _ = read_segment_content(folder)
     kept = {SEGMENT_FILE, *(file.name for file in content.files)}
-    disk.sync_folder(folder)
     for child in folder.iterdir():
         if child.name not in kept:
             disk.remove(child)
