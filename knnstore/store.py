@@ -43,13 +43,14 @@ class Datastore:
     def __init__(self, path: Path, manifest: Manifest, pin: Pin) -> None:
         self.path = path
         self.manifest = manifest
+        self._folder = StoreFolder(path.absolute())  # files are opened at first use, perhaps after a chdir
         self._pin: Pin | None = pin
         self._pid = os.getpid()
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The segments in the manifest's order; files are opened at first use."""
-        return open_segments(StoreFolder(self.path), self.manifest)
+        return open_segments(self._folder, self.manifest)
 
     @property
     def snapshot(self) -> int:

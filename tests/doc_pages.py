@@ -12,6 +12,8 @@ A block is run, or is the output of the block before it, or has a comment on the
     <!-- signature: NAME -->       the block is the signature of knnstore.NAME
     <!-- message: NAME -->         the block is the message of an error of this class
     <!-- needs: NAME NAME -->      anywhere on a page: files and folders that lie in the working folder when its blocks are run
+
+`WRITE_DOCS=1 pytest tests/test_docs.py` writes what is printed now in the place of every output that is not so.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +116,7 @@ def outputs_of(blocks: Sequence[Block]) -> dict[int, Block]:
     """Line of a block → the block that shows what it prints."""
     return {
         before.line: block
-        for before, block in zip(blocks, blocks[1:], strict=False)
+        for before, block in pairwise(blocks)
         if block.after
         and block.tag in ("text", "json")
         and not block.mark

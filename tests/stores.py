@@ -1,5 +1,8 @@
 """Segments and stores made of drawn entries, and dull oracles for what a search of them must find."""
 
+import functools
+import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -201,24 +204,94 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-@contextmanager
-def failing_disk(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[Callable[[], int]]:
-    """Every call that changes the disk fails from the `at`th on (from 0), as after a power cut. Yields a count of the calls."""
-    n_calls = 0
+class PowerCut:
+    """A disk whose power is cut before the `at`th call that changes it (from 0). `lose` then takes away what was not synced.
 
-    def counted(name: str) -> Callable[..., Any]:
-        def call(self: files.Disk, *arguments: Any) -> Any:
-            nonlocal n_calls
-            n_calls += 1
-            if n_calls > at:
+    Content: a file written after its last sync keeps half of it. Names: what was made, moved or removed in a folder after its last
+    sync is undone. Both are what a file system may do; `lose(names=False)` keeps the names.
+    """
+
+    def __init__(self, at: int) -> None:
+        self.at, self.n_calls = at, 0
+        self._unsynced: set[Path] = set()
+        self._undo: list[tuple[Path, Callable[[], None]]] = []  # (folder whose sync makes it final, how to undo it)
+
+    @contextmanager
+    def on(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """While it lasts, all of knnstore's calls go through this disk."""
+        names = ("open", "write", "pwrite", "truncate", "fsync", "make_folder", "rename", "replace", "link", "remove", "remove_folder")
+        # Those that are made of others (sync_folder, remove_tree) are counted by their parts.
+        subclass = type("CutOff", (files.Disk,), {name: self._counted(name) for name in names})
+        with monkeypatch.context() as patch:
+            patch.setattr(files.disk, "__class__", subclass)
+            yield
+
+    def _counted(self, name: str) -> Callable[..., Any]:
+        def call(disk: files.Disk, *arguments: Any) -> Any:
+            self.n_calls += 1
+            if self.n_calls > self.at:
                 raise StorageError("the power is cut")
-            return getattr(files.Disk, name)(self, *arguments)
+            getattr(self, f"_before_{name}")(*arguments)
+            # What a real sync would keep is known here; it would take nine tenths of the time.
+            return None if name == "fsync" else getattr(files.Disk, name)(disk, *arguments)
 
         return call
 
-    # Those that are made of others (sync_folder, remove_tree) are counted by their parts.
-    names = ("open", "write", "pwrite", "truncate", "fsync", "make_folder", "rename", "replace", "link", "remove", "remove_folder")
-    cut_off = type("CutOff", (files.Disk,), {name: counted(name) for name in names})
-    with monkeypatch.context() as patch:
-        patch.setattr(files.disk, "__class__", cut_off)
-        yield lambda: n_calls
+    def _changes(self, folder: Path, undo: Callable[[], None]) -> None:
+        self._undo.append((folder.absolute(), undo))
+
+    def _before_open(self, path: Path, flags: int) -> None:
+        if flags & os.O_CREAT and not path.exists():
+            self._changes(path.parent, lambda: path.unlink(missing_ok=True))
+        if flags & os.O_TRUNC:
+            self._unsynced.add(path)
+
+    def _before_write(self, fd: int, content: memoryview, path: Path) -> None:
+        self._unsynced.add(path)
+
+    def _before_pwrite(self, fd: int, content: memoryview, offset: int, path: Path) -> None:
+        self._unsynced.add(path)
+
+    def _before_truncate(self, fd: int, size: int, path: Path) -> None:
+        self._unsynced.add(path)
+
+    def _before_fsync(self, fd: int, path: Path) -> None:
+        self._unsynced.discard(path)
+        self._undo = [(folder, undo) for folder, undo in self._undo if folder != path.absolute()]
+
+    def _before_make_folder(self, path: Path) -> None:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            self._changes(folder.parent, functools.partial(shutil.rmtree, folder, ignore_errors=True))
+
+    def _before_rename(self, source: Path, target: Path) -> None:
+        self._unsynced = {target / path.relative_to(source) if path.is_relative_to(source) else path for path in self._unsynced}
+        self._changes(target.parent, lambda: target.rename(source) if target.exists() and source.parent.exists() else None)
+
+    def _before_replace(self, source: Path, target: Path) -> None:
+        self._unsynced = {target if path == source else path for path in self._unsynced}
+        before = target.read_bytes() if target.exists() else None
+        self._changes(target.parent, lambda: target.unlink(missing_ok=True) if before is None else _put(target, before))
+
+    def _before_link(self, source: Path, target: Path) -> None:
+        self._changes(target.parent, lambda: target.unlink(missing_ok=True))
+
+    def _before_remove(self, path: Path) -> None:
+        if path.is_file():
+            self._changes(path.parent, functools.partial(_put, path, path.read_bytes()))
+
+    def _before_remove_folder(self, path: Path) -> None:
+        self._changes(path.parent, lambda: path.mkdir(parents=True, exist_ok=True))
+
+    def lose(self, *, names: bool = True) -> None:
+        """What the cut costs."""
+        for path in self._unsynced:
+            if path.is_file():
+                os.truncate(path, path.stat().st_size // 2)
+        for _, undo in reversed(self._undo if names else []):
+            undo()
+
+
+def _put(path: Path, content: bytes) -> None:
+    if path.parent.is_dir():
+        path.write_bytes(content)

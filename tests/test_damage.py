@@ -103,10 +103,12 @@ def child() -> Iterator[Child]:
 
 def _create(kind: str, path: Path, seed: int) -> None:
     if kind == "pq4":  # lists with gaps between them (an entry takes 5 bytes and a label), two segments, a document in both
-        n = [9_000, 17_000, 10_000]
-        options = {"keep_keys": "f16", "segment_entries": 20_000, "seed": seed}
+        n = [1_500, 3_500, 1_000]
+        options = {"keep_keys": "f16", "segment_entries": 3_800, "seed": seed}
+        options |= {"training_keys": draw_keys(seed + 10, 5_000, 10), "expected_entries": 40_000}  # 256 lists for few entries
     elif kind == "pq8":
-        n, options = [6_000, 5_000], {"codec": "pq8", "keep_keys": "bf16", "seed": seed}
+        n, options = [900, 600], {"codec": "pq8", "keep_keys": "bf16", "seed": seed}
+        options |= {"training_keys": draw_keys(seed + 10, 10_240, 10), "expected_entries": 11_000}
     else:
         n, options = [30, 1, 70], {"keep_keys": "f32"}
     total = sum(n)
@@ -251,6 +253,7 @@ def test_inverted_bytes(bench: Bench, benches: dict[str, Bench], mask: int) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_byte(benches: dict[str, Bench]) -> None:
     """No byte of any file can be inverted without `verify` naming the file."""
     bench = benches["raw"]

@@ -150,7 +150,9 @@ def read_identity(store: StoreFolder) -> str:
 def read_current(store: StoreFolder) -> tuple[int, str]:
     """Number and sha256 of the newest manifest. Raises NotFoundError where no snapshot was ever committed, DamageError."""
     if not store.current.exists():
-        if list_manifests(store):
+        manifests = list_manifests(store)
+        # A creation may be cut off between its manifest and CURRENT. Its job is there then, and continues it.
+        if manifests and not (manifests == [1] and store.staging.is_dir() and any(store.staging.iterdir())):
             raise _lost(store, f"{store.current}: the file is missing")
         raise NotFoundError(f"{store.path}: no snapshot yet; its creation was not finished. Type the same `knnstore create` again.")
     match = _CURRENT.fullmatch(read_small(store.current, 4096))
@@ -279,8 +281,8 @@ def commit(
         for dead in [n for n in list_manifests(store) if n > number]:
             disk.remove(store.manifest(dead))  # an attempt that was cut off before it counted
         expected = base.snapshot if base else 0
-        if number != expected:
-            other = read_manifest(store, number)
+        other = read_manifest(store, *current) if current else None  # nothing is built on a damaged one
+        if other is not None and number != expected:
             raise ConflictError(
                 f"{store.path}: snapshot {number} ({other.operation.name}, {other.time}) was committed while this one was built on "
                 f"snapshot {expected}. Run the command again."

@@ -46,6 +46,7 @@ def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iter
     """
     folder = store.staging / name
     disk.make_folder(folder)
+    disk.sync_folder(store.staging)
     with hold_lock(folder / _LOCK, purpose="at the same job", wait=False):
         if not (folder / JOB_FILE).exists():
             replace_file(folder / JOB_FILE, canonical(dict(arguments)))

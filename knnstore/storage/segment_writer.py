@@ -298,6 +298,7 @@ def tidy_segment(folder: Path) -> None:
     """Removes from a finished segment what only its job needed. Call it again where a kill may have come between."""
     content, _ = read_segment_content(folder)
     kept = {SEGMENT_FILE, *(file.name for file in content.files)}
+    disk.sync_folder(folder)  # a kill may have come before segment.json's name was durable
     for child in folder.iterdir():
         if child.name not in kept:
             disk.remove(child)

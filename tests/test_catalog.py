@@ -1,0 +1,443 @@
+"""Snapshots: a commit is there or not, whatever happens on the way; what is opened, what is refused, what is kept."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import PowerCut, build_segment, create_store, draw_keys, draw_values, trained_space
+
+import knnstore
+from knnstore.errors import ConflictError, DamageError, ExistsError, FormatError, KnnstoreError, LockedError, NotFoundError, StorageError
+from knnstore.format import Codec
+from knnstore.storage import catalog, files
+from knnstore.storage.catalog import StoreFolder, commit, list_manifests, open_snapshot
+from knnstore.storage.files import disk, hold_lock
+from knnstore.storage.jobs import is_running, job_name, run_job
+from knnstore.storage.manifest import Manifest, Operation
+from knnstore.storage.manifest_json import canonical, manifest_bytes
+
+DIM = 4
+KEYS, VALUES = draw_keys(0, 30, DIM), draw_values(0, 30)
+
+
+def make(path: Path) -> Manifest:
+    return create_store(path, KEYS, VALUES)
+
+
+def commit_next(path: Path, base: Manifest, *, name: str = "append") -> Manifest:
+    """One more segment of 10 entries, as an append will make it: built in staging, then committed."""
+    store = StoreFolder(path)
+    job = store.staging / name
+    disk.make_folder(job)
+    segment = build_segment(job, draw_keys(1, 10, DIM), draw_values(1, 10), space=trained_space(Codec.RAW, DIM))
+    staged = (segment.folder, store.segment(segment.folder.name))
+
+    def build(number: int, parent: tuple[int, str] | None) -> Manifest:
+        return dataclasses.replace(
+            base,
+            snapshot=number,
+            parent=parent,
+            operation=Operation(name=name, arguments={}, counts={}),
+            segments=(*base.segments, segment.record),
+        )
+
+    return commit(store, base, build, staged=[staged])
+
+
+def entries_at(path: Path) -> int:
+    """How many entries a search of the newest snapshot finds, all of them in place and sound."""
+    with knnstore.open(path) as store:
+        found = store.search(KEYS[:1], k=1_000)
+        assert int(found.n_found[0]) == len(store)
+        for segment in store.segments:
+            n = segment.content.entries
+            assert len(segment.values.rows(0, n)) == n
+            assert sum(document.n_entries for document in segment.contexts.documents()) == n
+        return len(store)
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["names-lost", "names-kept"])
+def test_creation_is_whole_or_not_there_wherever_the_power_is_cut(tmp_path, monkeypatch, names):
+    """Cut before each call to the disk, with what was not synced lost: the store is not there, or all of it is.
+
+    The same command makes it then, unless it was done.
+    """
+    whole = PowerCut(1 << 30)
+    path = tmp_path / "whole" / "s.knn"
+    path.parent.mkdir()
+    with whole.on(monkeypatch):
+        make(path)
+    whole.lose(names=names)
+    assert entries_at(path) == 30  # it had said that it was done
+    outcomes = set()
+    for at in range(whole.n_calls):
+        path = tmp_path / str(at) / "s.knn"
+        path.parent.mkdir()
+        cut = PowerCut(at)
+        with cut.on(monkeypatch), pytest.raises(StorageError, match="the power is cut"):
+            make(path)
+        cut.lose(names=names)
+        try:
+            assert entries_at(path) == 30
+            outcomes.add("after")
+            with pytest.raises(ExistsError):
+                make(path)
+        except NotFoundError:
+            outcomes.add("before")
+            with PowerCut(1 << 30).on(monkeypatch):
+                make(path)
+            assert entries_at(path) == 30
+    assert outcomes == {"before", "after"}
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["names-lost", "names-kept"])
+def test_a_commit_is_whole_or_not_there_wherever_the_power_is_cut(tmp_path, monkeypatch, names):
+    """The store is at snapshot 1 or at snapshot 2, with all entries of that snapshot; the next commit works either way."""
+    first = tmp_path / "first.knn"
+    base = make(first)
+    whole = PowerCut(1 << 30)
+    with whole.on(monkeypatch):
+        path = Path(shutil.copytree(first, tmp_path / "whole.knn"))
+        commit_next(path, base)
+    whole.lose(names=names)
+    assert entries_at(path) == 40
+    outcomes = set()
+    for at in range(whole.n_calls):
+        path = Path(shutil.copytree(first, tmp_path / f"{at}.knn"))
+        cut = PowerCut(at)
+        with cut.on(monkeypatch), pytest.raises(StorageError, match="the power is cut"):
+            commit_next(path, base)
+        cut.lose(names=names)
+        n_entries = entries_at(path)
+        outcomes.add(n_entries)
+        with knnstore.open(path) as store:
+            assert store.snapshot == {30: 1, 40: 2}[n_entries]
+            next_manifest = commit_next(path, store.manifest, name="again")
+        assert next_manifest.snapshot == {30: 2, 40: 3}[n_entries]
+        assert list_manifests(StoreFolder(path)) == list(range(1, next_manifest.snapshot + 1))
+        assert entries_at(path) == n_entries + 10
+    # The last call is the sync that makes CURRENT's new name last: cut before it, the name may be lost or not.
+    assert outcomes == ({30} if names else {30, 40})
+
+
+def test_a_snapshot_stays_as_it_was(tmp_path):
+    """A store opened before a commit sees nothing of it; the older snapshot can be opened after; manifests name their parents."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    with knnstore.open(path) as before:
+        second = commit_next(path, base)
+        assert (len(before), int(before.search(KEYS[:1], k=100).n_found[0])) == (30, 30)
+    assert entries_at(path) == 40
+    raw = (path / "manifests" / "1.json").read_bytes()
+    assert second.parent == (1, hashlib.sha256(raw).hexdigest())
+    with knnstore.open(path, snapshot=1) as old:
+        assert (old.snapshot, len(old)) == (1, 30)
+
+
+def test_the_second_of_two_commits_on_one_snapshot_is_refused(tmp_path):
+    """It names the other commit, and changes nothing."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    commit_next(path, base, name="delete")
+    with pytest.raises(ConflictError, match=r"snapshot 2 \(delete, .*\) was committed while this one was built on snapshot 1"):
+        commit_next(path, base)
+    assert entries_at(path) == 40
+    assert list_manifests(StoreFolder(path)) == [1, 2]
+
+
+def test_commits_wait_for_each_other(tmp_path):
+    """LOCK is held while one is made: another waits, and then finds the store as the first left it."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    outcome: list[object] = []
+
+    def second() -> None:
+        try:
+            outcome.append(commit_next(path, base))
+        except KnnstoreError as error:
+            outcome.append(error)
+
+    with hold_lock(path / "LOCK", purpose="testing", wait=False):
+        assert (path / "LOCK").read_text() == f"{os.getpid()}\n"
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join()
+    assert isinstance(outcome[0], Manifest)
+
+
+def test_a_commit_on_unknown_features_is_refused(tmp_path):
+    """A snapshot that asks writers for more than this version knows can be read, and not built on."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    later = dataclasses.replace(base, snapshot=2, writer_features=("journaled",))
+    raw = manifest_bytes(later)
+    (path / "manifests" / "2.json").write_bytes(raw)
+    (path / "CURRENT").write_text(f"2 {hashlib.sha256(raw).hexdigest()}\n")
+    with knnstore.open(path) as store:
+        assert len(store) == 30
+        with pytest.raises(FormatError, match="needs journaled"):
+            commit_next(path, store.manifest)
+
+
+def test_an_open_snapshot_is_pinned(tmp_path):
+    """Who wants to remove its manifest finds it locked, until it is closed."""
+    path = tmp_path / "s.knn"
+    make(path)
+    with (path / "manifests" / "1.json").open() as other:
+        with knnstore.open(path) as first, knnstore.open(path):
+            first.close()
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_manifest_removed_while_it_is_opened_is_looked_for_again(tmp_path, monkeypatch):
+    """A reader that was about to open a snapshot which was collected meanwhile gets the newer one."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    commit_next(path, base)
+    stale = [(1, "00" * 32)]
+    read_current = catalog.read_current
+    monkeypatch.setattr(catalog, "read_current", lambda store: stale.pop() if stale else read_current(store))
+    (path / "manifests" / "1.json").unlink()
+    manifest, pin = open_snapshot(StoreFolder(path))
+    pin.release()
+    assert manifest.snapshot == 2
+    assert not stale
+
+
+def test_what_is_no_datastore_is_not_found(tmp_path):
+    """Nothing there, an empty folder, some other folder, a creation that was not finished, a snapshot that is not there."""
+    with pytest.raises(NotFoundError, match="no such datastore"):
+        knnstore.open(tmp_path / "none.knn")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(NotFoundError, match="not a datastore"):
+        knnstore.open(tmp_path / "other")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotFoundError, match="not a datastore"):
+        knnstore.open(tmp_path / "file")
+    path = tmp_path / "s.knn"
+    make(path)
+    with pytest.raises(NotFoundError, match="no snapshot 2; the newest is 1"):
+        knnstore.open(path, snapshot=2)
+    with pytest.raises(NotFoundError, match=r"no snapshot 0\. Kept: 1"):
+        knnstore.open(path, snapshot=0)
+    (path / "CURRENT").unlink()
+    (path / "manifests" / "1.json").unlink()
+    with pytest.raises(NotFoundError, match="its creation was not finished"):
+        knnstore.open(path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"1\n", b"1 " + b"0" * 64, b"01 " + b"0" * 64 + b"\n", b"2 " + b"0" * 64 + b"\n", "flip"])
+def test_a_damaged_current_names_the_newest_sound_snapshot(tmp_path, content):
+    """Nothing is opened in its stead; the snapshots are still there, by their number, and a commit is refused."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    second = commit_next(path, base)
+    current = path / "CURRENT"
+    if content is None:
+        current.unlink()
+    elif content == "flip":
+        digest = hashlib.sha256(b"another manifest").hexdigest()
+        current.write_text(f"2 {digest}\n")
+    else:
+        current.write_bytes(content)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(DamageError, match=r"Nothing was changed; snapshot 2 verifies: open it by --at 2"):
+        knnstore.open(path)
+    with knnstore.open(path, snapshot=1) as store:
+        assert len(store) == 30
+    if content is not None:
+        with pytest.raises((DamageError, NotFoundError, ConflictError)):
+            commit_next(path, second)
+    with pytest.raises((DamageError, ExistsError)):
+        make(path)
+    assert all(file.read_bytes() == raw for file, raw in before.items() if "staging" not in file.parts and file.name != "LOCK")
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "cut", "empty", "of another snapshot", "a folder"])
+def test_a_damaged_manifest_names_the_newest_sound_snapshot(tmp_path, damage):
+    """By name or as the newest: it is refused, and the one before is named."""
+    path = tmp_path / "s.knn"
+    commit_next(path, make(path))
+    manifest = path / "manifests" / "2.json"
+    raw = manifest.read_bytes()
+    manifest.unlink()
+    if damage == "a folder":
+        manifest.mkdir()
+    elif damage != "missing":
+        other = (path / "manifests" / "1.json").read_bytes()
+        manifest.write_bytes({"flipped": raw[:50] + b"?" + raw[51:], "cut": raw[:-9], "empty": b"", "of another snapshot": other}[damage])
+    for snapshot in (None, 2):
+        with pytest.raises(DamageError, match=r"2\.json: .*snapshot 1 verifies: open it by --at 1"):
+            knnstore.open(path, snapshot=snapshot)
+    assert len(knnstore.open(path, snapshot=1)) == 30
+
+
+def test_manifests_above_current_never_counted(tmp_path):
+    """What a commit left that was cut off is neither opened nor listed, and is removed by the next commit."""
+    path = tmp_path / "s.knn"
+    base = make(path)
+    for number in (2, 3):
+        (path / "manifests" / f"{number}.json").write_bytes(manifest_bytes(dataclasses.replace(base, snapshot=number)))
+    (path / "manifests" / "2.json.tmp").write_bytes(b"half")
+    with knnstore.open(path) as store:
+        assert store.snapshot == 1
+    with pytest.raises(NotFoundError, match="the newest is 1"):
+        knnstore.open(path, snapshot=2)
+    second = commit_next(path, base)
+    assert second.snapshot == 2
+    assert entries_at(path) == 40
+    assert sorted(file.name for file in (path / "manifests").iterdir()) == ["1.json", "2.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (None, DamageError),
+        (b"", DamageError),
+        (b"{}", DamageError),
+        (canonical({"format": 1, "magic": "other", "uuid": "00" * 16}), DamageError),
+        (canonical({"format": 1, "magic": "knnstore", "uuid": "00" * 16}), DamageError),  # another store's
+        (canonical({"format": 1, "magic": "knnstore", "uuid": "../.."}), DamageError),
+        (canonical({"format": 2, "magic": "knnstore", "uuid": "00" * 16}), FormatError),
+    ],
+)
+def test_an_identity_that_is_not_the_stores_is_refused(tmp_path, content, error):
+    path = tmp_path / "s.knn"
+    make(path)
+    (path / "KNNSTORE").unlink()
+    if content is not None:
+        (path / "KNNSTORE").write_bytes(content)
+    with pytest.raises(error):
+        knnstore.open(path)
+
+
+READ_ONLY = """
+import os, sys
+from pathlib import Path
+from knnstore.errors import StorageError
+from knnstore.storage.catalog import StoreFolder, commit
+from knnstore.store import open_store
+os.setgid(65534)
+os.setuid(65534)  # the store is another user's from here on
+with open_store(sys.argv[1]) as store:
+    hits = store.search([0.0] * store.dim, k=3)
+    print(int(hits.n_found[0]), hits.context(0, 0).document)
+    try:
+        commit(StoreFolder(Path(sys.argv[1])), store.manifest, lambda number, parent: store.manifest, staged=[])
+    except StorageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, for whom the files are read-only")
+def test_a_store_that_may_not_be_written_is_read(tmp_path):
+    """Another user's store, or one on a read-only medium: searched, contexts and all; a commit is refused by name."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    path = tmp_path / "s.knn"
+    make(path)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", READ_ONLY, str(path)], env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[:1] == ["3 only"], done.stderr
+    assert "LOCK: cannot open for writing: Permission denied" in done.stdout
+
+
+def test_a_store_moved_as_a_folder_is_the_same(tmp_path):
+    """Every path inside is relative: it is moved with `mv`, copied with `cp -r`."""
+    make(tmp_path / "s.knn")
+    shutil.copytree(tmp_path / "s.knn", tmp_path / "elsewhere" / "t.knn")
+    shutil.rmtree(tmp_path / "s.knn")
+    assert entries_at(tmp_path / "elsewhere" / "t.knn") == 30
+
+
+def test_a_store_is_found_after_the_working_folder_changed(tmp_path, monkeypatch):
+    """Opened by a relative path, used after chdir: files are opened at first use."""
+    make(tmp_path / "s.knn")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with knnstore.open("s.knn") as store:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        hits = store.search(KEYS[:1], k=3)
+        assert hits.context(0, 0).document == "only"
+
+
+def test_a_job_is_done_by_one_process_at_a_time(tmp_path):
+    """The second is told the first one's process id. The job's folder stays after an error, and goes when it is done."""
+    store = StoreFolder(tmp_path)
+    arguments = {"command": "test", "n": 1}
+    name = job_name(arguments)
+    assert name == job_name({"n": 1, "command": "test"}) != job_name({"command": "test", "n": 2})
+    locked = pytest.raises(LockedError, match=f"process {os.getpid()} is at the same job")
+    with contextlib.suppress(RuntimeError), run_job(store, name, arguments) as folder:
+        assert is_running(folder)
+        with locked, run_job(store, name, arguments):
+            pass
+        raise RuntimeError
+    assert json.loads((folder / "job.json").read_text()) == arguments
+    assert not is_running(folder)
+    with run_job(store, name, arguments) as again:
+        assert again == folder
+    assert not folder.exists()
+    assert not is_running(folder)
+
+
+def test_what_the_disk_refuses_names_the_file(tmp_path):
+    """Every call of the door to the disk: a StorageError with the path and what was tried."""
+    missing = tmp_path / "none" / "file"
+    for call in (
+        lambda: disk.open(missing, os.O_RDWR),
+        lambda: disk.rename(missing, missing),
+        lambda: disk.replace(missing, missing),
+        lambda: disk.link(missing, missing),
+        lambda: disk.remove_folder(missing),
+        lambda: disk.sync_folder(missing),
+        lambda: disk.write(-1, memoryview(b"x"), missing),
+        lambda: disk.pwrite(-1, memoryview(b"x"), 0, missing),
+        lambda: disk.truncate(-1, 0, missing),
+        lambda: disk.fsync(9_999, missing),
+        lambda: files.sha256_file(missing),
+    ):
+        with pytest.raises(StorageError, match=str(missing)):
+            call()
+    disk.remove(missing)  # what is not there is removed already
+    disk.remove_tree(missing)
+
+
+def test_a_store_of_another_uuid_is_not_taken_for_this_one(tmp_path):
+    """A manifest copied from another store, with a CURRENT that fits it."""
+    make(tmp_path / "a.knn")
+    make(tmp_path / "b.knn")
+    for name in ("CURRENT", "manifests/1.json"):
+        shutil.copy(tmp_path / "a.knn" / name, tmp_path / "b.knn" / name)
+    with pytest.raises(DamageError, match="belongs to another snapshot or store"):
+        knnstore.open(tmp_path / "b.knn")
+
+
+def test_names_in_a_store_are_of_a_fixed_form(tmp_path):
+    """Folders and files are those of the format, nothing else is left after a creation."""
+    path = tmp_path / "s.knn"
+    manifest = create_store(path, draw_keys(2, 5_000, DIM), draw_values(2, 5_000), keep_keys="f16", segment_entries=3_000)
+    inside = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    expected = ["CURRENT", "KNNSTORE", "LOCK", "manifests/1.json"]
+    expected += [f"spaces/{space.id}/{name}" for space in manifest.spaces for name in ("centroids.bin", "rotation.bin", "space.json")]
+    names = ("contexts.lmdb", "keys.bin", "lists.bin", "lists.dir", "segment.json", "values.bin")
+    expected += [f"segments/{segment.content.uuid}/{name}" for segment in manifest.segments for name in names]
+    assert inside == sorted(expected)
+    assert {folder.name for folder in path.iterdir() if folder.is_dir()} == {"coarse", "manifests", "segments", "spaces", "staging", "tags"}
+    assert [uuid.UUID(segment.content.uuid).version for segment in manifest.segments] == [4, 4]
+    assert np.array_equal([segment.content.entries for segment in manifest.segments], [3_000, 2_000])
