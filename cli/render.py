@@ -185,7 +185,10 @@ def _add_info(page: _Page, fields: Mapping[str, Any]) -> None:
         rows.append(("calibration", "none: give --lambda and --temperature to query"))
     else:
         fitted = f"λ {calibration['lambda']:g}, temperature {calibration['temperature']:g}"
-        rows.append(("calibration", f"{fitted} ({calibration['status']}; by {calibration['made_by']} on {calibration['tokens']:,} tokens)"))
+        origin = f"{calibration['status']}; by {calibration['made_by']} on {calibration['tokens']:,} tokens"
+        if calibration["status"] == "default":
+            origin = f"default; {calibration['tokens']:,} tokens are too few to fit on"
+        rows.append(("calibration", f"{fitted} ({origin})"))
     table = page.table(headers=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

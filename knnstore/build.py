@@ -211,6 +211,14 @@ def segment_record(folder: Path, runs: tuple[tuple[str, int, int], ...]) -> Segm
     return SegmentRecord(content=content, runs=runs, dead=(), sha256=sha256)
 
 
+def check_vacant(store: StoreFolder) -> None:
+    """Raises ExistsError where a finished store, or something that is no datastore, is at the path."""
+    if store.current.exists():
+        raise ExistsError(f"{store.path}: a datastore exists already. Choose another --store, or remove it first.")
+    if store.path.exists() and not store.identity.exists() and (not store.path.is_dir() or _is_foreign(store.path)):
+        raise ExistsError(f"{store.path}: something that is not a datastore is there. Choose another --store.")
+
+
 def begin_store(path: str | Path, arguments: Mapping[str, Any]) -> tuple[StoreFolder, str, str]:
     """Lays the foundation of a new store, or takes up the same unfinished job. Returns the store, its uuid, the job's name.
 
@@ -219,10 +227,7 @@ def begin_store(path: str | Path, arguments: Mapping[str, Any]) -> tuple[StoreFo
     """
     store = StoreFolder(Path(path))
     name = job_name(arguments)
-    if store.current.exists():
-        raise ExistsError(f"{store.path}: a datastore exists already. Choose another --store, or remove it first.")
-    if store.path.exists() and not store.identity.exists() and (not store.path.is_dir() or _is_foreign(store.path)):
-        raise ExistsError(f"{store.path}: something that is not a datastore is there. Choose another --store.")
+    check_vacant(store)
     if list_manifests(store) and not (store.staging / name / JOB_FILE).exists():
         # A create that was killed still has its job: this is a finished store that lost its CURRENT.
         raise DamageError(f"{store.current}: the file is missing, though there are snapshots. Nothing was changed; run `knnstore verify`.")

@@ -17,6 +17,7 @@ from knnstore.build import (
     IndexOptions,
     StagedSegment,
     begin_store,
+    check_vacant,
     commit_new_store,
     encode_runs,
     load_index,
@@ -26,7 +27,7 @@ from knnstore.build import (
     take_back,
     train_index,
 )
-from knnstore.errors import CorpusError, ExistsError, InvalidArgumentError, ModelError
+from knnstore.errors import CorpusError, InvalidArgumentError, ModelError
 from knnstore.format import CONTEXTS_FILE, SEGMENT_ENTRIES, SEGMENT_FILE, VALUES_FILE, Kind
 from knnstore.lm.calibrate import calibrate
 from knnstore.lm.corpus import CorpusFile, CorpusInputs, list_inputs
@@ -89,15 +90,13 @@ def create(
     keep_keys: `f16`, `bf16` or `f32` to allow exact search (2 or 4 bytes times the key's width an entry). context, stride: tokens of
     a window, and of what is new in the next. Called again after a kill with the same arguments, it goes on where it was.
     Memory: the model, one batch, 1 GiB for the sample, 12 bytes an entry of one segment, some 150 bytes a document.
-    Returns the datastore, open at snapshot 1. Raises ExistsError, NotFoundError, CorpusError, ModelError, InvalidArgumentError,
+    Returns the datastore, open at snapshot 1. Raises NotFoundError, CorpusError, ModelError, InvalidArgumentError,
     StorageError, LockedError.
     """
     options = IndexOptions(codec=codec, rotation=rotation, keep_keys=keep_keys, seed=seed, segment_entries=segment_entries)
     if not domain:
         raise InvalidArgumentError("domain: an empty name. Give one, or leave the option out.")
-    store = StoreFolder(Path(path))
-    if store.current.exists():  # said before a model is loaded
-        raise ExistsError(f"{store.path}: a datastore exists already. Choose another --store, or remove it first.")
+    check_vacant(StoreFolder(Path(path)))  # said before a model is loaded
     inputs = corpora if isinstance(corpora, CorpusInputs) else list_inputs(corpora, stdin_name=name)
     for ignored in inputs.ignored:
         progress.note(f"{ignored.source}: left out ({ignored.reason})")
