@@ -67,9 +67,9 @@ class PageReader:
         raw = (root / "manifests" / f"{number}.json").read_bytes()
         assert hashlib.sha256(raw).hexdigest() == sha256
         self.manifest = json.loads(raw)
-        check = self.manifest.pop("check")
-        text = json.dumps(self.manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
-        assert hashlib.sha256(text.encode()).hexdigest() == check
+        member = f'"check":"{self.manifest["check"]}",'.encode()
+        assert hashlib.sha256(raw.replace(member, b"")).hexdigest() == self.manifest["check"]
+        assert raw == (json.dumps(self.manifest, sort_keys=True, separators=(",", ":")) + "\n").encode("ascii")
         assert json.loads((root / "KNNSTORE").read_text()) == {"format": 1, "magic": "knnstore", "uuid": self.manifest["uuid"]}
 
     def header(self, path: Path, kind: int) -> tuple[int, int, int, int, bytes]:
@@ -157,8 +157,8 @@ class PageReader:
         documents = []
         for key, content in records:
             record = json.loads(unpacked.decompress(content))
-            record.update(first_row=struct.unpack(">Q", key)[0], text="", spans=[])
-            assert (hashlib.sha256(record["id"].encode()).digest()[:16] + key, b"\0") in ids
+            record.update(first_row=struct.unpack(">Q", key)[0], text="", text_start=None, spans=[])
+            assert (hashlib.sha256(record["id"].encode("utf-8", "surrogatepass")).digest()[:16] + key, b"\0") in ids
             documents.append(record)
         assert [record["first_row"] for record in documents] == first_rows
         for key, content in frames:
@@ -170,7 +170,9 @@ class PageReader:
             assert zero == 0
             row = struct.unpack(">Q", key)[0]
             document = next(record for record in reversed(documents) if record["first_row"] <= row)
-            assert base == len(document["text"])
+            if document["text_start"] is None:
+                document["text_start"] = base
+            assert base == document["text_start"] + len(document["text"])
             assert row == document["first_row"] + len(document["spans"])
             document["text"] += raw[len(raw) - size :].decode()
             at = base
@@ -182,27 +184,32 @@ class PageReader:
 
 
 @pytest.mark.parametrize(
-    ("n", "dim", "codec", "rotation"),
+    ("n", "dim", "codec", "rotation", "segment_entries"),
     [
-        (700, 5, "pq4", "random"),
-        (9_000, 6, "pq4", "random"),
-        (9_000, 7, "pq4", "none"),
-        (12_000, 6, "pq8", "random"),
-        (34_000, 4, "pq4", "random"),
+        (700, 5, "pq4", "random", 700),
+        (700, 5, "pq4", "random", 150),
+        (9_000, 6, "pq4", "random", 9_000),
+        (9_000, 7, "pq4", "none", 4_000),
+        (12_000, 6, "pq8", "random", 12_000),
+        (34_000, 4, "pq4", "random", 34_000),
     ],
 )
-def test_a_reader_made_from_the_page_reads_a_store(tmp_path: Path, n: int, dim: int, codec: str, rotation: str) -> None:
-    """Values, keys, codes, documents, texts and spans come back as they were put in, for raw, packed and plain codes, one list and many."""
+def test_a_reader_made_from_the_page_reads_a_store(
+    tmp_path: Path, n: int, dim: int, codec: str, rotation: str, segment_entries: int
+) -> None:
+    """Values, keys, codes, documents, texts and spans come back as they were put in: raw, packed and plain codes, one list and many,
+    documents in parts."""
     rng = np.random.default_rng(n)
     keys = rng.standard_normal((n, dim)).astype(np.float32)
     values = rng.integers(0, 70_000, n)
     cut = n // 3
     texts = ["".join(rng.choice(list("ab cé漢😀"), size)) for size in (cut, n - cut)]
+    names = ["naïve", "\udce9 is no UTF-8"]
     documents = [
         knnstore.EntryDocument(
-            id=f"d{i}",
+            id=names[i],
             n_entries=len(text),
-            domain=f"domain {i}",
+            domain=f"Gebiet äöü {i}",
             source=f"s{i}",
             metadata={"year": 1843 + i},
             text=text,
@@ -212,36 +219,51 @@ def test_a_reader_made_from_the_page_reads_a_store(tmp_path: Path, n: int, dim: 
         for i, text in enumerate(texts)
     ]
     checkpoint = knnstore.Checkpoint(name="none", revision=None, identity="0" * 64, tokenizer=None, architecture="none", vocab_size=70_000)
-    options = knnstore.IndexOptions(codec=codec, rotation=rotation, keep_keys="f32")
+    options = knnstore.IndexOptions(codec=codec, rotation=rotation, keep_keys="f32", segment_entries=segment_entries)
     knnstore.create_from_entries(
         tmp_path / "s.knn", [(keys, values, documents)], checkpoint=checkpoint, dim=dim, vocab_size=70_000, options=options
     )
     reader = PageReader(tmp_path / "s.knn")
-    (segment,) = reader.manifest["segments"]
-    folder = tmp_path / "s.knn" / "segments" / segment["content"]["uuid"]
-    assert hashlib.sha256((folder / "segment.json").read_bytes()).hexdigest() == segment["sha256"]
-    for name, record in segment["content"]["files"].items():
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == record["sha256"]
-    rows, tokens, decoded = reader.entries(segment)
-    assert sorted(rows.tolist()) == list(range(n))
-    assert np.array_equal(tokens, values[rows])
-    assert np.array_equal(reader.long(folder / "values.bin", 3)[:, 0], values)
-    assert np.array_equal(reader.long(folder / "keys.bin", 4), keys)
-    error = np.square(decoded - keys[rows]).sum(axis=1).mean()
-    if n < 4_096:
-        assert error == 0.0
-    else:
-        assert error == pytest.approx(segment["content"]["distortion"], rel=0.5)
-        assert error < 0.5 * dim
-    if segment["content"]["coarse"] is not None:
-        name = segment["content"]["coarse"]
-        centroids = reader.small(tmp_path / "s.knn" / "coarse" / name / "centroids.bin", 7)
-        text = f"coarse 1 {segment['content']['space']} ({len(centroids)}, {dim})"
-        assert hashlib.sha256(text.encode() + centroids.tobytes()).hexdigest()[:32] == name
-    assert segment["runs"] == [["domain 0", 0, cut], ["domain 1", cut, n]]
-    found = reader.documents(segment)
-    assert [(d["id"], d["source"], d["metadata"], d["entries"], d["text"], d["chars"]) for d in found] == [
-        (f"d{i}", f"s{i}", {"year": 1843 + i}, len(text), text, len(text)) for i, text in enumerate(texts)
-    ]
-    assert [d["hash"] for d in found] == [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    assert [d["spans"] for d in found] == [[(i, i + 1) for i in range(len(text))] for text in texts]
+    parts, runs, first = [], [], 0
+    for segment in reader.manifest["segments"]:
+        content = segment["content"]
+        stop = first + content["entries"]
+        folder = tmp_path / "s.knn" / "segments" / content["uuid"]
+        assert hashlib.sha256((folder / "segment.json").read_bytes()).hexdigest() == segment["sha256"]
+        for name, record in content["files"].items():
+            assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == record["sha256"]
+        rows, tokens, decoded = reader.entries(segment)
+        assert sorted(rows.tolist()) == list(range(content["entries"]))
+        assert np.array_equal(tokens, values[first + rows])
+        assert np.array_equal(reader.long(folder / "values.bin", 3)[:, 0], values[first:stop])
+        assert np.array_equal(reader.long(folder / "keys.bin", 4), keys[first:stop])
+        error = np.square(decoded - keys[first + rows]).sum(axis=1).mean()
+        if n < 4_096:
+            assert error == 0.0
+            assert rows.tolist() == list(range(content["entries"]))
+        else:
+            assert error == pytest.approx(content["distortion"], rel=0.5)
+            assert error < 0.5 * dim
+        if content["coarse"] is not None:
+            name = content["coarse"]
+            centroids = reader.small(tmp_path / "s.knn" / "coarse" / name / "centroids.bin", 7)
+            text = f"coarse 1 {content['space']} ({len(centroids)}, {dim})"
+            assert hashlib.sha256(text.encode() + centroids.tobytes()).hexdigest()[:32] == name
+        runs += [(domain, first + begin, first + end) for domain, begin, end in segment["runs"]]
+        parts += reader.documents(segment)
+        first = stop
+    assert first == n
+    assert [domain for domain, begin, end in runs for _ in range(begin, end)] == [documents[0].domain] * cut + [documents[1].domain] * (
+        n - cut
+    )
+    for number, document in enumerate(documents):
+        mine = [part for part in parts if part["id"] == document.id]
+        assert [part["part"] for part in mine] == list(range(len(mine)))
+        assert [part["last"] for part in mine] == [False] * (len(mine) - 1) + [True]
+        assert [part["first_token"] for part in mine] == np.cumsum([0] + [part["entries"] for part in mine[:-1]]).tolist()
+        assert {(part["source"], part["metadata"]["year"]) for part in mine} == {(f"s{number}", 1843 + number)}
+        assert "".join(part["text"] for part in mine) == document.text
+        assert [span for part in mine for span in part["spans"]] == [(i, i + 1) for i in range(len(document.text))]
+        hashes = [(part["hash"], part["chars"]) for part in mine]
+        digest = hashlib.sha256(document.text.encode()).hexdigest()
+        assert hashes == [(None, None)] * (len(mine) - 1) + [(digest, len(document.text))]
