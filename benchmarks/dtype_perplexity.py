@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from knnstore.lm.calibrate import HeldOut, fit
-from knnstore.lm.distribution import log_softmax
-from knnstore.lm.embed import right_padded
+from knnstore.lm.embed import keys_and_gold
 from knnstore.lm.keys import KeyExtractor
 from knnstore.lm.models import LanguageModel, load_language_model
 from knnstore.lm.tokens import DocumentTokenizer
@@ -44,10 +43,9 @@ def embed(model: LanguageModel, ids: NDArray[np.int64]) -> Part:
     windows = plan_windows([len(ids) - 1], [1], context=512, stride=256)
     keys, log_p = [], []
     for start, stop, n in zip(windows.input_start.tolist(), windows.input_stop.tolist(), windows.n_entries.tolist(), strict=True):
-        found, logits = extractor.keys_and_logits(right_padded([ids[start:stop]], model.device), last=n)
-        gold = ids[stop - n + 1 : stop + 1, None]
-        keys.append(found[0].float().numpy())
-        log_p.append(np.take_along_axis(log_softmax(logits[0].numpy()), gold, axis=1)[:, 0])
+        found, log_p_gold = keys_and_gold(extractor, ids[start:stop], ids[stop - n + 1 : stop + 1])
+        keys.append(found)
+        log_p.append(log_p_gold)
     return Part(np.concatenate(keys), ids[1:], np.concatenate(log_p))
 
 

@@ -204,15 +204,27 @@ def test_an_open_snapshot_is_pinned(tmp_path):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_manifest_removed_while_it_is_opened_is_looked_for_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_a_manifest_removed_while_it_is_opened_is_looked_for_again(tmp_path, monkeypatch, when):
     """A reader that was about to open a snapshot which was collected meanwhile gets the newer one."""
     path = tmp_path / "s.knn"
     base = make(path)
     commit_next(path, base)
-    stale = [(1, "00" * 32)]
+    first = path / "manifests" / "1.json"
+    digest = hashlib.sha256(first.read_bytes()).hexdigest()
+    stale = [(1, digest)]
     read_current = catalog.read_current
     monkeypatch.setattr(catalog, "read_current", lambda store: stale.pop() if stale else read_current(store))
-    (path / "manifests" / "1.json").unlink()
+    if when == "before it is opened":
+        first.unlink()
+    else:
+        flock = fcntl.flock
+
+        def late(fd: int, how: int) -> None:
+            first.unlink(missing_ok=True)
+            flock(fd, how)
+
+        monkeypatch.setattr(catalog.fcntl, "flock", late)
     manifest, pin = open_snapshot(StoreFolder(path))
     pin.release()
     assert manifest.snapshot == 2

@@ -176,6 +176,19 @@ def test_long_documents_are_cut_into_frames_that_fill_pages(tmp_path, kind):
     reader.close()
 
 
+@pytest.mark.parametrize("n_shared", [2, 3, 7])
+def test_tokens_of_one_character_stay_in_one_frame(tmp_path, n_shared):
+    """An emoji in bytes is several tokens; frames are cut between characters."""
+    text = "".join(np.random.default_rng(0).choice(list("😀😃😄😁😆👩🏳🌈"), 6_000))
+    starts = np.repeat(np.arange(len(text)), n_shared)
+    write(tmp_path / "contexts.lmdb", [Text(text, starts, starts + 1)])
+    reader = ContextsReader(tmp_path / "contexts.lmdb", n_rows=len(starts))
+    frames = list(reader.frames())
+    assert len(frames) > 3
+    assert all(first_row % n_shared == 0 for first_row, *_ in frames)
+    reader.close()
+
+
 def test_one_token_may_span_much_text_but_not_any_amount(tmp_path):
     """A run of a million spaces as one token is taken; one that a reader would refuse is refused when it is written."""
     text = " " * 1_000_000 + "end"

@@ -124,8 +124,14 @@ class PageReader:
             assert xxhash.xxh3_64_intdigest(raw) == check
             assert offset % 64 == 0
             codes = np.frombuffer(raw[: capacity * width], np.uint8)
-            labels.append(np.frombuffer(raw[capacity * width :], "<i8")[:n])
-            keys.append(self.decode(fields, centroids, codes, capacity)[:n])
+            of_list = np.frombuffer(raw[capacity * width :], "<i8")
+            assert (of_list[n:] == -1).all()
+            assert (np.diff(of_list[:n]) > 0).all()
+            decoded = self.decode(fields, centroids, codes, capacity)
+            padding = np.zeros(fields["dim"]) if centroids is None else centroids[:, 0].reshape(-1)
+            assert (decoded[n:] == padding).all()
+            labels.append(of_list[:n])
+            keys.append(decoded[:n])
         found, decoded = np.concatenate(labels), np.concatenate(keys)
         assert len(found) == n_entries
         return found >> 24, found & 0xFFFFFF, decoded if rotation is None else decoded @ rotation

@@ -28,9 +28,9 @@ def test_packing_is_a_permutation_of_nibbles(n_sub, n_blocks, seed):
     codes = np.random.default_rng(seed).integers(0, 256, (32 * n_blocks, (n_sub + 1) // 2), dtype=np.uint8)
     if n_sub % 2:
         codes[:, -1] &= 15
-    blocks = pack(codes, n_sub)
+    blocks = pack(codes)
     assert blocks.shape == (n_blocks, block_bytes(n_sub))
-    assert np.array_equal(unpack(blocks, n_sub), codes)
+    assert np.array_equal(unpack(blocks), codes)
     nibbles = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), 2 * codes.shape[1])  # (n, sub-codes, one of zeros where odd)
     for block in range(n_blocks):
         for m in range(nibbles.shape[1]):
@@ -48,7 +48,7 @@ def test_faiss_packs_as_the_format_says(n_sub):
     index.train(keys)
     index.add(keys)
     codes = index.pq.compute_codes(keys)
-    assert np.array_equal(faiss.vector_to_array(index.codes), pack(codes, n_sub).reshape(-1))
+    assert np.array_equal(faiss.vector_to_array(index.codes), pack(codes).reshape(-1))
 
 
 @given(row=st.integers(0, (1 << 39) - 1), token=st.integers(0, (1 << 24) - 1))
@@ -123,19 +123,30 @@ def test_lists_are_repacked_where_faiss_packs_otherwise(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n_entries", [1, 31, 32, 33, 65_536 + 40])
 @pytest.mark.parametrize("codec", [Codec.PQ4, Codec.RAW])
 def test_lists_give_back_codes_and_labels(tmp_path, codec, n_entries):
-    """Every entry once, in its list, codes as encoded; also in lists of more entries than are laid out at a time, and empty ones."""
+    """Every entry once, in its list, codes as encoded; also in lists of more entries than are laid out at a time, and empty ones.
+
+    Lists are padded to 32 entries with codes of zeros and labels of -1.
+    """
     space = trained_space(codec, 5)
     keys, values = draw_keys(5, n_entries, 5), draw_values(5, n_entries)
     coarse = trained_coarse(space, 3, seed=7)
     coarse.centroids[1] = 1e6  # nothing is near it
+    coarse = None if n_entries > 65_536 else coarse
     segment = build_segment(tmp_path, keys, values, space=space, coarse=coarse)
-    codes, assigned = space.encode(space.rotate(keys)), coarse.assign(space.rotate(keys))
-    for number in range(3):
+    codes = space.encode(space.rotate(keys))
+    assigned = np.zeros(n_entries, int) if coarse is None else coarse.assign(space.rotate(keys))
+    raw = (segment.folder / "lists.bin").read_bytes()
+    width = space.n_sub // 2 + space.n_sub % 2 if codec is Codec.PQ4 else space.code_size
+    for number in range(segment.lists.nlist):
         rows = np.flatnonzero(assigned == number)
         got_codes, got_labels = segment.lists.entries(number)
         assert np.array_equal(got_codes, codes[rows])
         assert np.array_equal(got_labels, labels_of(rows, values[rows]))
-    assert segment.lists.sizes[1] == 0
+        begin, capacity = int(segment.lists.offsets[number]), -(-len(rows) // 32) * 32
+        stored = np.frombuffer(raw, np.uint8, capacity * width, begin)
+        assert not (unpack(stored.reshape(-1, 32 * width)) if codec is Codec.PQ4 else stored.reshape(-1, width))[len(rows) :].any()
+        assert (np.frombuffer(raw, "<i8", capacity, begin + capacity * width)[len(rows) :] == -1).all()
+    assert coarse is None or segment.lists.sizes[1] == 0
 
 
 def test_a_list_is_checked_when_it_is_first_searched(tmp_path):

@@ -14,7 +14,7 @@ from knnstore.storage.arrays import MappedArray, read_array, to_bfloat16, to_flo
 from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, stored_keys
 
 OWNER = bytes(range(16))
-FLOAT32_BITS = st.integers(0, 2**32 - 1)
+FLOAT32_BITS = st.integers(0, 2**32 - 1) | st.integers(0, 2**16 - 1).map(lambda upper: upper << 16 | 0x8000)  # half way between two
 
 
 @given(bits=st.lists(FLOAT32_BITS, min_size=1, max_size=50))

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from knnstore.build import DEFAULT_K, DEFAULT_NPROBE
 from knnstore.filters import RowRange, allowed_rows
-from knnstore.lm.distribution import knn_gold_log_probs, log_softmax, mix_gold
-from knnstore.lm.embed import Embedder, SegmentTokens
+from knnstore.lm.distribution import knn_gold_log_probs, mix_gold
+from knnstore.lm.embed import Embedder, SegmentTokens, keys_and_gold
 from knnstore.progress import Progress
 from knnstore.search import check_keys, search
 from knnstore.storage.manifest import Calibration
@@ -107,9 +107,8 @@ def _hold_out(
     n = 0
     with progress.stage("fitting λ and temperature", total=HELD_OUT_TOKENS, unit="tokens") as stage:
         for number, window in _choose(tokens, seed):
-            keys, logits = embedder.keys_and_logits(tokens[number], window)
             gold = tokens[number].targets(window)
-            log_p_lm = np.take_along_axis(log_softmax(logits), gold[:, None], axis=1)[:, 0]
+            keys, log_p_lm = keys_and_gold(embedder.extractor, tokens[number].inputs(window), gold)
             allowed = allowed_rows(segments, exclude=excluded(number, window))
             hits = search(segments, allowed, check_keys(keys, keys.shape[1]), k=k, nprobe=nprobe)
             parts.append((hits.distances, hits.values, gold, log_p_lm))

@@ -13,7 +13,7 @@ from knnstore.lm.windows import Windows, batches, plan_windows
 from knnstore.storage.arrays import MappedArray
 from knnstore.storage.contexts import ContextsReader
 
-__all__ = ["Embedder", "SegmentTokens", "right_padded"]
+__all__ = ["Embedder", "SegmentTokens", "keys_and_gold", "right_padded"]
 
 # Tokens in one forward pass: enough to fill the arithmetic units, few enough that activations stay in reach.
 TOKENS_PER_BATCH = {"cpu": 4_096, "cuda": 16_384, "mps": 8_192}
@@ -72,11 +72,19 @@ class Embedder:
         counts = tokens.windows.n_entries[windows]
         return [keys[i, len(ids) - int(n) : len(ids)].float().cpu().numpy() for i, (ids, n) in enumerate(zip(inputs, counts, strict=True))]
 
-    def keys_and_logits(self, tokens: SegmentTokens, window: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Keys (n, dim) and logits (n, vocab), float32, of one window's n entries."""
-        ids = right_padded([tokens.inputs(window)], self.model.device)
-        keys, logits = self.extractor.keys_and_logits(ids, last=int(tokens.windows.n_entries[window]))
-        return keys[0].float().cpu().numpy(), logits[0].float().cpu().numpy()
+
+def keys_and_gold(
+    extractor: KeyExtractor, ids: NDArray[np.int64], gold: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Keys of the last n positions of one input, and log p_LM of the token after each.
+
+    ids: (t,) what the model sees. gold: (n,) what follows its last n positions. Returns (n, dim) float32 and (n,) float64.
+    """
+    device = extractor.model.device
+    keys, logits = extractor.keys_and_logits(torch.from_numpy(ids)[None].to(device), last=len(gold))
+    of_gold = logits[0].gather(1, torch.from_numpy(gold)[:, None].to(device))[:, 0]
+    log_p = (of_gold - logits[0].logsumexp(-1)).double().cpu().numpy()  # nothing as large as the logits is made again
+    return keys[0].float().cpu().numpy(), log_p
 
 
 def right_padded(inputs: Sequence[NDArray[np.int64]], device: torch.device) -> torch.Tensor:

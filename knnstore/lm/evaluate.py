@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from knnstore.errors import InvalidArgumentError
-from knnstore.lm.distribution import knn_gold_log_probs, log_softmax, mix_gold
-from knnstore.lm.embed import right_padded
+from knnstore.lm.distribution import knn_gold_log_probs, mix_gold
+from knnstore.lm.embed import keys_and_gold
 from knnstore.lm.knnlm import KnnLM
 from knnstore.lm.windows import plan_windows
 from knnstore.progress import SILENT, Progress
@@ -38,10 +38,9 @@ def perplexity(knnlm: KnnLM, text: str, *, progress: Progress = SILENT) -> Evalu
     with progress.stage("evaluating", total=len(ids) - 1, unit="tokens") as stage:
         for i in range(len(windows)):
             begin, end, n = int(windows.input_start[i]), int(windows.input_stop[i]), int(windows.n_entries[i])
-            keys, logits = knnlm.extractor.keys_and_logits(right_padded([ids[begin:end]], knnlm.model.device), last=n)
             gold = ids[end - n + 1 : end + 1]
-            log_p_lm = np.take_along_axis(log_softmax(logits[0].cpu().numpy()), gold[:, None], axis=1)[:, 0]
-            hits = knnlm.search(keys[0].float().cpu().numpy())
+            keys, log_p_lm = keys_and_gold(knnlm.extractor, ids[begin:end], gold)
+            hits = knnlm.search(keys)
             log_p_knn = knn_gold_log_probs(
                 hits.distances, hits.values, gold, temperature=knnlm.settings.temperature, log_weights=hits.log_weights
             )

@@ -23,22 +23,20 @@ def block_bytes(n_sub: int) -> int:
     return (n_sub + n_sub % 2) * BLOCK_ENTRIES // 2
 
 
-def pack(codes: Bytes, n_sub: int) -> Bytes:
-    """(32 * b, ceil(n_sub / 2)) u8 codes as the quantizer encodes them (low nibble first) → (b, block_bytes) u8."""
+def pack(codes: Bytes) -> Bytes:
+    """(32 * b, ceil(n_sub / 2)) u8 codes as the quantizer encodes them (low nibble first, a last one of 0) → (b, block_bytes) u8."""
     n_blocks, width = len(codes) // BLOCK_ENTRIES, codes.shape[1]
     entries = codes.reshape(n_blocks, BLOCK_ENTRIES, width).transpose(0, 2, 1)  # (b, width, 32)
     low, high = entries[:, :, ORDER], entries[:, :, ORDER + 16]  # (b, width, 16)
     packed = np.empty((n_blocks, width, 2, 16), np.uint8)  # a byte of a code holds sub-codes 2i and 2i + 1
     packed[:, :, 0] = (low & 15) | (high << 4)
     packed[:, :, 1] = (low >> 4) | (high & 0xF0)
-    if n_sub % 2:
-        packed[:, -1, 1] = 0
     return packed.reshape(n_blocks, width * 32)
 
 
-def unpack(blocks: Bytes, n_sub: int) -> Bytes:
+def unpack(blocks: Bytes) -> Bytes:
     """The inverse of `pack`: (b, block_bytes) u8 → (32 * b, ceil(n_sub / 2)) u8."""
-    width = (n_sub + 1) // 2
+    width = blocks.shape[1] // BLOCK_ENTRIES
     packed = blocks.reshape(len(blocks), width, 2, 16)
     even, odd = packed[:, :, 0], packed[:, :, 1]
     low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
@@ -60,4 +58,4 @@ def faiss_packs_alike(n_sub: int) -> bool:
     packer = lists.packer
     for entry in range(BLOCK_ENTRIES):
         packer.pack_1(np.ascontiguousarray(probe[entry][: packer.code_size]), entry, block)
-    return bool(np.array_equal(block, pack(probe, n_sub)))
+    return bool(np.array_equal(block, pack(probe)))

@@ -144,7 +144,7 @@ def _lay_out(
         piece = laid[: end - begin]
         piece[:] = 0
         piece[place[lo:hi] - begin] = codes[rows[lo:hi]]
-        stored = pack(piece, space.n_sub) if space.codec is Codec.PQ4 else piece
+        stored = pack(piece) if space.codec is Codec.PQ4 else piece
         blocks[begin * entry_bytes(space) : end * entry_bytes(space)] = stored.reshape(-1)
     return blocks, labels, at.tolist()
 
@@ -201,7 +201,7 @@ class MappedLists:
         cut = int(self._capacities[number]) * self._width
         codes = raw[:cut]
         if self._space.codec is Codec.PQ4:
-            unpacked = unpack(codes.reshape(-1, block_bytes(self._space.n_sub)), self._space.n_sub)[:n]
+            unpacked = unpack(codes.reshape(-1, block_bytes(self._space.n_sub)))[:n]
         else:
             unpacked = codes.reshape(-1, self._width)[:n]
         return unpacked, raw[cut:].view("<i8")[:n]

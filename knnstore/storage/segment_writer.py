@@ -289,6 +289,7 @@ def finish_segment(
         distortion=distortion,
         files=tuple(files),
     )
+    disk.sync_folder(folder)  # segment.json's name must not outlast a power cut that others do not
     replace_file(folder / SEGMENT_FILE, canonical(segment_content_fields(content)))
     tidy_segment(folder)
     return content
