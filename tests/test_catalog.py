@@ -23,7 +23,7 @@ from knnstore.format import Codec
 from knnstore.storage import catalog, files
 from knnstore.storage.catalog import StoreFolder, commit, list_manifests, open_snapshot
 from knnstore.storage.files import disk, hold_lock
-from knnstore.storage.jobs import is_running, job_name, run_job
+from knnstore.storage.jobs import job_name, run_job
 from knnstore.storage.manifest import Manifest, Operation
 from knnstore.storage.manifest_json import canonical, manifest_bytes
 
@@ -396,16 +396,13 @@ def test_a_job_is_done_by_one_process_at_a_time(tmp_path):
     assert name == job_name({"n": 1, "command": "test"}) != job_name({"command": "test", "n": 2})
     locked = pytest.raises(LockedError, match=f"process {os.getpid()} is at the same job")
     with contextlib.suppress(RuntimeError), run_job(store, name, arguments) as folder:
-        assert is_running(folder)
         with locked, run_job(store, name, arguments):
             pass
         raise RuntimeError
     assert json.loads((folder / "job.json").read_text()) == arguments
-    assert not is_running(folder)
     with run_job(store, name, arguments) as again:
         assert again == folder
     assert not folder.exists()
-    assert not is_running(folder)
 
 
 def test_what_the_disk_refuses_names_the_file(tmp_path):

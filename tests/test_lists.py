@@ -149,6 +149,23 @@ def test_lists_give_back_codes_and_labels(tmp_path, codec, n_entries):
     assert coarse is None or segment.lists.sizes[1] == 0
 
 
+@pytest.mark.parametrize("codec", [Codec.PQ4, Codec.RAW])
+def test_lists_are_the_same_however_many_are_laid_out_at_a_time(tmp_path, monkeypatch, codec):
+    """Byte for byte, from all lists at once to pieces of one list."""
+    space = trained_space(codec, 5)
+    coarse = trained_coarse(space, 20)
+    rotated, values = space.rotate(draw_keys(8, 3_000, 5)), draw_values(8, 3_000)
+    written = []
+    for group in (65_536, 640, 64, 32):
+        monkeypatch.setattr(lists, "_GROUP", group)
+        folder = tmp_path / str(group)
+        folder.mkdir()
+        codes, assigned = space.encode(rotated), coarse.assign(rotated)
+        lists.write_lists(folder, space=space, owner=bytes(16), codes=codes, lists=assigned, nlist=20, values=values)
+        written.append([(folder / name).read_bytes() for name in ("lists.bin", "lists.dir")])
+    assert all(files == written[0] for files in written)
+
+
 def test_a_list_is_checked_when_it_is_first_searched(tmp_path):
     """A flipped byte in one list: the others still answer, that one raises; before any search nothing was read of either."""
     space = trained_space(Codec.PQ4, 16)

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lmdb
 import numpy as np
@@ -116,6 +116,15 @@ def _give_back(shared: _SharedEnvironment) -> None:
             shared.environment.close()
 
 
+_of_thread = threading.local()  # a decompressor's memory is not for two threads at once
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    if not hasattr(_of_thread, "zstd"):
+        _of_thread.zstd = zstandard.ZstdDecompressor()
+    return cast(zstandard.ZstdDecompressor, _of_thread.zstd)
+
+
 class ContextsReader:
     """Reads one segment's documents and text. The environment is opened at first use, in the process that uses it."""
 
@@ -125,7 +134,6 @@ class ContextsReader:
         self._release = weakref.finalize(self, _give_back, self._shared)
         self._env = self._shared.environment
         self._documents, self._ids, self._text = self._shared.databases
-        self._zstd = zstandard.ZstdDecompressor()
         self.first_rows = self._read_first_rows()
 
     def _read_first_rows(self) -> NDArray[np.int64]:
@@ -209,7 +217,7 @@ class ContextsReader:
             size = zstandard.frame_content_size(packed)
             if not 0 <= size <= most:
                 raise DamageError(f"{self.path}: a frame of {size} bytes, {most} are the most. Run `knnstore verify`.")
-            return self._zstd.decompress(packed, max_output_size=most)
+            return _decompressor().decompress(packed, max_output_size=most)
         except zstandard.ZstdError as error:
             raise DamageError(f"{self.path}: a frame does not decompress: {error}. Run `knnstore verify`.") from error
 

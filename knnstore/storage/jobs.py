@@ -1,8 +1,6 @@
 """Jobs: work that is continued by typing the same command again. A job is a folder in `staging/`, named by what was asked for."""
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,19 +54,3 @@ def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iter
             disk.remove_tree(folder)
             raise
         disk.remove_tree(folder)
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a process holds the job's lock."""
-    try:
-        fd = os.open(folder / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from knnstore.errors import DamageError, FormatError
-from knnstore.format import CODECS_BY_NAME, FORMAT_VERSION, READER_FEATURES
+from knnstore.format import CODECS_BY_NAME, FORMAT_VERSION, MAX_VOCABULARY, READER_FEATURES, ROW_BITS
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
     Calibration,
@@ -193,7 +193,7 @@ def _parse_checkpoint(raw: object, at: str) -> Checkpoint:
         identity=parse_hex(fields["identity"], f"{at}.identity", 64),
         tokenizer=None if fields["tokenizer"] is None else parse_hex(fields["tokenizer"], f"{at}.tokenizer", 64),
         architecture=parse_text(fields["architecture"], f"{at}.architecture"),
-        vocab_size=parse_size(fields["vocab_size"], f"{at}.vocab_size", most=1 << 24),
+        vocab_size=parse_size(fields["vocab_size"], f"{at}.vocab_size", most=MAX_VOCABULARY),
     )
 
 
@@ -251,7 +251,7 @@ def parse_segment_content(raw: object, at: str) -> SegmentContent:
         space=parse_hex(fields["space"], f"{at}.space", 32),
         coarse=None if fields["coarse"] is None else parse_hex(fields["coarse"], f"{at}.coarse", 32),
         nlist=parse_size(fields["nlist"], f"{at}.nlist", most=1 << 32),
-        entries=parse_size(fields["entries"], f"{at}.entries", most=1 << 39),
+        entries=parse_size(fields["entries"], f"{at}.entries", most=1 << ROW_BITS),
         documents=parse_size(fields["documents"], f"{at}.documents"),
         values=parse_word(fields["values"], f"{at}.values", VALUE_TYPES),
         keys=None if fields["keys"] is None else parse_word(fields["keys"], f"{at}.keys", KEY_TYPES),

@@ -47,7 +47,6 @@ _KEY_TYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
 _CODES = "codes.tmp"
 _LISTS = "assigned.tmp"
 _JOURNAL = "journal"
-_COPY_ROWS = 65_536
 
 
 class DocumentsWriter:
