@@ -277,6 +277,6 @@ def _settings(
         lmbda=check_lambda(lmbda),
         temperature=check_temperature(temperature),
         domains=dict(domains) if isinstance(domains, Mapping) else domains,
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
+        exclude=(exclude,) if isinstance(exclude, str | filters.RowRange) else tuple(exclude or ()),
         exact=exact,
     )
