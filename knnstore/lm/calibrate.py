@@ -13,7 +13,7 @@ from knnstore.build import DEFAULT_K, DEFAULT_NPROBE
 from knnstore.filters import RowRange, allowed_rows
 from knnstore.lm.distribution import knn_gold_log_probs, mix_gold
 from knnstore.lm.embed import Embedder, SegmentTokens, keys_and_gold
-from knnstore.progress import Progress
+from knnstore.progress import Progress, Stage
 from knnstore.search import check_keys, search
 from knnstore.storage.manifest import Calibration
 from knnstore.storage.segment import Segment
@@ -53,14 +53,15 @@ def calibrate(
     contexts of it (a quarter of a short document) do not.
     """
     k, nprobe = DEFAULT_K, DEFAULT_NPROBE
-    held_out = _hold_out(segments, tokens, embedder, k=k, nprobe=nprobe, seed=seed, progress=progress)
-    n = len(held_out.gold)
-    if n >= MIN_TOKENS and (held_out.values >= 0).any():
-        lmbda, temperature, mixed = fit(held_out)
-        scores = {"lm": float(np.exp(-held_out.log_p_lm.mean())), "mixed": mixed}
-        status = "fresh"
-    else:
-        lmbda, temperature, scores, status = DEFAULT_LAMBDA, _typical_distance(held_out, segments), {}, "default"
+    with progress.stage("fitting λ and temperature", total=HELD_OUT_TOKENS, unit="tokens") as stage:
+        held_out = _hold_out(segments, tokens, embedder, k=k, nprobe=nprobe, seed=seed, stage=stage)
+        n = len(held_out.gold)
+        if n >= MIN_TOKENS and (held_out.values >= 0).any():
+            lmbda, temperature, mixed = fit(held_out)
+            scores = {"lm": float(np.exp(-held_out.log_p_lm.mean())), "mixed": mixed}
+            status = "fresh"
+        else:
+            lmbda, temperature, scores, status = DEFAULT_LAMBDA, _typical_distance(held_out, segments), {}, "default"
     return Calibration(
         lmbda=lmbda,
         temperature=temperature,
@@ -99,23 +100,22 @@ def _hold_out(
     k: int,
     nprobe: int,
     seed: int,
-    progress: Progress,
+    stage: Stage,
 ) -> HeldOut:
     excluded = _exclusion(tokens)
     k = min(k, sum(segment.content.entries for segment in segments))
     parts: list[tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64], NDArray[np.float64]]] = []
     n = 0
-    with progress.stage("fitting λ and temperature", total=HELD_OUT_TOKENS, unit="tokens") as stage:
-        for number, window in _choose(tokens, seed):
-            gold = tokens[number].targets(window)
-            keys, log_p_lm = keys_and_gold(embedder.extractor, tokens[number].inputs(window), gold)
-            allowed = allowed_rows(segments, exclude=excluded(number, window))
-            hits = search(segments, allowed, check_keys(keys, keys.shape[1]), k=k, nprobe=nprobe)
-            parts.append((hits.distances, hits.values, gold, log_p_lm))
-            n += len(gold)
-            stage.advance(len(gold))
-            if n >= HELD_OUT_TOKENS:
-                break
+    for number, window in _choose(tokens, seed):
+        gold = tokens[number].targets(window)
+        keys, log_p_lm = keys_and_gold(embedder.extractor, tokens[number].inputs(window), gold)
+        allowed = allowed_rows(segments, exclude=excluded(number, window))
+        hits = search(segments, allowed, check_keys(keys, keys.shape[1]), k=k, nprobe=nprobe)
+        parts.append((hits.distances, hits.values, gold, log_p_lm))
+        n += len(gold)
+        stage.advance(len(gold))
+        if n >= HELD_OUT_TOKENS:
+            break
     return HeldOut(*(np.concatenate([part[i] for part in parts]) for i in range(4)))
 
 
