@@ -10,13 +10,13 @@ from knnstore import errors
 from knnstore._version import __version__
 
 if TYPE_CHECKING:
-    from knnstore.build import IndexOptions
     from knnstore.entries import EntryDocument, create_from_entries
     from knnstore.filters import RowRange
     from knnstore.lm.create import create
     from knnstore.lm.knnlm import KnnLM, Step
     from knnstore.neighbors import Context, Neighbors
     from knnstore.storage.checkpoint import Checkpoint
+    from knnstore.storage.manifest import IndexOptions
     from knnstore.store import Datastore
     from knnstore.store import open_store as open  # noqa: A004 - the front door's name
     from knnstore.verification.datastore import verify
@@ -26,7 +26,7 @@ _PLACES = {
     "Context": "knnstore.neighbors",
     "Datastore": "knnstore.store",
     "EntryDocument": "knnstore.entries",
-    "IndexOptions": "knnstore.build",
+    "IndexOptions": "knnstore.storage.manifest",
     "KnnLM": "knnstore.lm.knnlm",
     "Neighbors": "knnstore.neighbors",
     "RowRange": "knnstore.filters",

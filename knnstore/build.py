@@ -11,26 +11,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnstore.errors import DamageError, ExistsError, InvalidArgumentError, NotFoundError
-from knnstore.format import COARSE, CODECS_BY_NAME, SEGMENT_ENTRIES, SEGMENTS, SPACES, STORE_FILE, Codec
-from knnstore.storage.catalog import StoreFolder, commit, file_records, lay_foundation, list_manifests, now
+from knnstore.changes import Staged
+from knnstore.errors import DamageError, ExistsError, NotFoundError
+from knnstore.format import CODECS_BY_NAME, STORE_FILE, Codec
+from knnstore.storage.catalog import StoreFolder, file_records, lay_foundation, list_manifests, read_current, read_manifest
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
-from knnstore.storage.files import disk
-from knnstore.storage.jobs import JOB_FILE, job_name, other_jobs
+from knnstore.storage.files import disk, hold_lock
+from knnstore.storage.jobs import JOB_FILE, MOVES_FILE, job_name, other_jobs
 from knnstore.storage.manifest import (
     Calibration,
     CoarseRecord,
+    IndexOptions,
     Manifest,
     Operation,
     SegmentRecord,
     SpaceRecord,
 )
+from knnstore.storage.parse import parse_json
 from knnstore.storage.segment import read_segment_content
 from knnstore.storage.segment_writer import CodesWriter
-from knnstore.storage.space import MIN_TRAINING, ROTATIONS, Space, load_space, save_space, train_space
+from knnstore.storage.space import MIN_TRAINING, Space, load_space, save_space, train_space
 
-__all__ = ["IndexOptions", "StagedSegment", "sample_rows", "train_index"]
+__all__ = ["StagedSegment", "sample_rows", "train_index"]
 
 Keys = NDArray[np.float32]
 
@@ -40,31 +43,6 @@ SAMPLE_BYTES = 1 << 30  # bytes of sampled keys held while training
 SAMPLE_MIN = 65_536  # keys: what a product quantizer is trained on at most
 MEASURED_ROWS = 1_024  # rows, of those encoded at a time, whose distortion is measured
 ENCODE_ROWS = 16_384  # rows encoded at a time
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexOptions:
-    """How keys become codes and lists.
-
-    codec: `pq4` (4-bit codes, scanned by FastScan) or `pq8`. rotation: `random`, `opq` or `none`. keep_keys: None, `f16`,
-    `bf16` or `f32`, for exact search. seed: of rotation, sample and k-means. segment_entries: entries in a segment at most.
-    """
-
-    codec: str = "pq4"
-    rotation: str = "random"
-    keep_keys: str | None = None
-    seed: int = 0
-    segment_entries: int = SEGMENT_ENTRIES
-
-    def __post_init__(self) -> None:
-        if self.codec not in ("pq4", "pq8"):
-            raise InvalidArgumentError(f"codec {self.codec!r}: use pq4 or pq8.")
-        if self.rotation not in ROTATIONS:
-            raise InvalidArgumentError(f"rotation {self.rotation!r}: use one of {', '.join(ROTATIONS)}.")
-        if self.keep_keys not in (None, "f16", "bf16", "f32"):
-            raise InvalidArgumentError(f"keep_keys {self.keep_keys!r}: use f16, bf16 or f32.")
-        if not 1 <= self.segment_entries <= 1 << 32:
-            raise InvalidArgumentError(f"segment_entries {self.segment_entries}: use 1 to {1 << 32}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,49 +121,58 @@ def encode_runs(writer: CodesWriter, first_rows: Sequence[int], runs: Sequence[K
     writer.measured(float(error), len(rotated[some]))
 
 
-def commit_new_store(
-    store: StoreFolder,
-    job: Path,
-    staged: Sequence[StagedSegment],
-    space: Space,
-    coarse: Coarse | None,
-    *,
+def blank_manifest(
     store_uuid: str,
-    operation: Operation,
+    *,
     checkpoint: Checkpoint,
     key: KeyLayer,
     tokens: dict[str, Any] | None,
-    documents: dict[str, int],
-    calibration: Calibration | None,
-    k: int,
-    nprobe: int,
+    index: IndexOptions,
+    calibration: Calibration | None = None,
+    k: int = DEFAULT_K,
+    nprobe: int = DEFAULT_NPROBE,
 ) -> Manifest:
-    """The first snapshot of a store from what its job staged."""
-    moves = [(job / "index" / "spaces" / space.id, store.space(space.id))]
-    if coarse is not None:
-        moves.append((job / "index" / "coarse" / coarse.id, store.coarse(coarse.id)))
-    moves += [(segment.folder, store.segment(segment.folder.name)) for segment in staged]
+    """What a store says of itself before anything is in it."""
+    return Manifest(
+        uuid=store_uuid,
+        snapshot=0,
+        parent=None,
+        time="",
+        operation=Operation(name="", arguments={}, counts={}),
+        checkpoint=checkpoint,
+        key=key,
+        tokens=tokens,
+        index=index,
+        spaces=(),
+        coarse=(),
+        segments=(),
+        documents={},
+        calibration=calibration,
+        k=k,
+        nprobe=nprobe,
+    )
 
-    def build(number: int, parent: tuple[int, str] | None) -> Manifest:
-        return Manifest(
-            uuid=store_uuid,
-            snapshot=number,
-            parent=parent,
-            time=now(),
-            operation=operation,
-            checkpoint=checkpoint,
-            key=key,
-            tokens=tokens,
-            spaces=(space_record(space, store.space(space.id)),),
-            coarse=() if coarse is None else (coarse_record(coarse, store.coarse(coarse.id)),),
-            segments=tuple(segment_record(store.segment(segment.folder.name), segment.runs) for segment in staged),
-            documents=documents,
-            calibration=calibration,
-            k=k,
-            nprobe=nprobe,
-        )
 
-    return commit(store, None, build, staged=moves)
+def index_staged(job: Path, space: Space, coarse: Coarse | None) -> dict[str, Any]:
+    """What `save_index` staged, as a `Change` takes it."""
+    return {"spaces": (staged_space(job, space),), "coarse": () if coarse is None else (staged_coarse(job, coarse),)}
+
+
+def staged_space(job: Path, space: Space) -> Staged[SpaceRecord]:
+    """A space that waits in a job's folder."""
+    folder = job / "index" / "spaces" / space.id
+    return Staged(folder, space_record(space, folder))
+
+
+def staged_coarse(job: Path, coarse: Coarse) -> Staged[CoarseRecord]:
+    """A coarse quantizer that waits in a job's folder."""
+    folder = job / "index" / "coarse" / coarse.id
+    return Staged(folder, coarse_record(coarse, folder))
+
+
+def staged_segment(segment: StagedSegment) -> Staged[SegmentRecord]:
+    """A segment that waits in a job's folder, with what a manifest says of it."""
+    return Staged(segment.folder, segment_record(segment.folder, segment.runs))
 
 
 def space_record(space: Space, folder: Path) -> SpaceRecord:
@@ -241,14 +228,30 @@ def begin_store(path: str | Path, arguments: Mapping[str, Any]) -> tuple[StoreFo
     return store, lay_foundation(store), name
 
 
-def take_back(store: StoreFolder, job: Path) -> None:
-    """Moves back to a job what its commit had put in place when it was killed: before the first snapshot, nothing else is there."""
-    if store.current.exists():
-        return
-    for name, back in ((SPACES, job / "index" / "spaces"), (COARSE, job / "index" / "coarse"), (SEGMENTS, job / "segments")):
-        for folder in sorted((store.path / name).iterdir()):
-            disk.make_folder(back)
-            disk.rename(folder, back / folder.name)
+def take_back(store: StoreFolder, job: Path) -> bool:
+    """Moves back to a job what its commit had put in place when it was killed. Returns whether all of it is in the job again.
+
+    It is not where that commit had counted, or others use what it staged: such a job is to begin anew.
+    """
+    if not (job / MOVES_FILE).exists():
+        return True
+    moves = [(job / source, store.path / target) for source, target in parse_json(job / MOVES_FILE)]
+    with hold_lock(store.lock, purpose="taking back what a killed command left", wait=True):
+        newest = read_current(store)[0] if store.current.exists() else 0
+        named: set[Path] = set()
+        for manifest in (read_manifest(store, number) for number in list_manifests(store) if number <= newest):
+            named.update(store.segment(record.content.uuid) for record in manifest.segments)
+            named.update(store.space(record.id) for record in manifest.spaces)
+            named.update(store.coarse(record.id) for record in manifest.coarse)
+        for source, target in moves:
+            if target not in named and target.exists() and not source.exists():
+                disk.make_folder(source.parent)
+                disk.rename(target, source)
+                disk.sync_folder(source.parent)
+        if not all(source.exists() for source, _ in moves):
+            return False
+        disk.remove(job / MOVES_FILE)
+    return True
 
 
 def _is_foreign(path: Path) -> bool:

@@ -12,20 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.build import (
-    DEFAULT_K,
-    DEFAULT_NPROBE,
     ENCODE_ROWS,
-    IndexOptions,
     StagedSegment,
     begin_store,
+    blank_manifest,
     choose_codec,
-    commit_new_store,
     encode_runs,
+    index_staged,
     sample_rows,
     save_index,
+    staged_segment,
     take_back,
     train_index,
 )
+from knnstore.changes import Change, commit_change
 from knnstore.errors import InvalidArgumentError
 from knnstore.progress import SILENT, Progress
 from knnstore.search import check_keys
@@ -34,7 +34,7 @@ from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.files import ArrayFile, disk
 from knnstore.storage.jobs import run_job
-from knnstore.storage.manifest import Manifest, Operation
+from knnstore.storage.manifest import IndexOptions, Manifest, Operation
 from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
 from knnstore.storage.space import MIN_TRAINING, Space
 
@@ -109,26 +109,20 @@ def create_from_entries(
             space, coarse = intake.encode_spool(progress) if trained is None else trained
             save_index(job, space, coarse)
             staged = intake.finish(space, coarse)
-        return commit_new_store(
-            store,
-            job,
-            staged,
-            space,
-            coarse,
-            store_uuid=store_uuid,
+        start = blank_manifest(
+            store_uuid, checkpoint=checkpoint, key=KeyLayer(layer=key_layer, dim=dim), tokens=None, index=options
+        )
+        change = Change(
             operation=Operation(
                 name="create_from_entries",
                 arguments={"codec": options.codec},
                 counts={"documents": sum(intake.documents.values()), "entries": intake.n_entries},
             ),
-            checkpoint=checkpoint,
-            key=KeyLayer(layer=key_layer, dim=dim),
-            tokens=None,
+            **index_staged(job, space, coarse),
+            segments=[staged_segment(segment) for segment in staged],
             documents=intake.documents,
-            calibration=None,
-            k=DEFAULT_K,
-            nprobe=DEFAULT_NPROBE,
         )
+        return commit_change(store, start, change, job=job)
 
 
 def _training_keys(training_keys: Any, dim: int, expected_entries: int, options: IndexOptions) -> Keys:

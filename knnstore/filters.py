@@ -1,6 +1,7 @@
 """Which rows count: domains, metadata, exclusions and dead rows, all as row ranges of each segment."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import InvalidArgumentError, NotFoundError
+from knnstore.storage.manifest import SegmentRecord
 from knnstore.storage.rows import RangeSet, as_ranges, complement, intersect, subtract
 from knnstore.storage.segment import Segment
 
-__all__ = ["Domains", "RowRange", "Where", "allowed_rows", "domain_weights", "find_document_rows", "log_weights"]
+__all__ = ["Domains", "RowRange", "Where", "allowed_rows", "document_domain", "domain_weights", "find_document_rows", "log_weights"]
 
 Domains = str | Sequence[str] | Mapping[str, float]
 Where = Mapping[str, object]
@@ -91,6 +93,11 @@ def _rows_where(segment: Segment, where: Where) -> RangeSet:
             if all(name in document.metadata and document.metadata[name] == value for name, value in where.items())
         ]
     )
+
+
+def document_domain(record: SegmentRecord, first_row: int) -> str:
+    """The domain of the document that begins at a row."""
+    return record.runs[bisect_right(record.runs, first_row, key=lambda run: run[1]) - 1][0]
 
 
 def find_document_rows(segments: Sequence[Segment], document_id: str) -> list[RowRange]:

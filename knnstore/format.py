@@ -96,6 +96,7 @@ NUMPY_TYPES: dict[DType, np.dtype[np.generic]] = {
     DType.F32: np.dtype("<f4"),
 }
 
+ROTATIONS = ("random", "opq", "none")
 CODEC_NAMES = {Codec.RAW: "raw", Codec.PQ4: "pq4", Codec.PQ8: "pq8"}
 CODECS_BY_NAME = {name: codec for codec, name in CODEC_NAMES.items()}
 

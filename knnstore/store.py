@@ -15,10 +15,8 @@ from knnstore.errors import InvalidArgumentError
 from knnstore.neighbors import Neighbors
 from knnstore.search import check_keys, search
 from knnstore.storage.catalog import Pin, StoreFolder, open_snapshot
-from knnstore.storage.coarse import Coarse, load_coarse
 from knnstore.storage.manifest import Manifest
-from knnstore.storage.segment import Segment
-from knnstore.storage.space import load_space
+from knnstore.storage.segment import Segment, open_segments
 
 __all__ = ["Datastore", "DocumentEntry", "open_store"]
 
@@ -132,19 +130,6 @@ class Datastore:
         if self._pid != os.getpid():
             raise InvalidArgumentError(f"{self.path}: opened in process {self._pid}, used in {os.getpid()}. Open it again after a fork.")
         return self.segments
-
-
-def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
-    """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
-    spaces = {record.id: load_space(store.space(record.id), record.id, record.files) for record in manifest.spaces}
-    dim = manifest.key.dim
-    coarse: dict[str | None, Coarse] = {
-        record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse
-    }
-    return tuple(
-        Segment(store.segment(record.content.uuid), record, spaces[record.content.space], coarse.get(record.content.coarse))
-        for record in manifest.segments
-    )
 
 
 def open_store(path: str | Path, *, snapshot: int | None = None) -> Datastore:

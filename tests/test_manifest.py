@@ -16,9 +16,11 @@ from knnstore.errors import DamageError, FormatError
 from knnstore.format import CODEC_NAMES, Codec
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
+    SEED_MAX,
     Calibration,
     CoarseRecord,
     FileRecord,
+    IndexOptions,
     Manifest,
     Operation,
     SegmentContent,
@@ -122,6 +124,13 @@ def manifests(draw: Any) -> Manifest:
         ),
         key=KeyLayer(layer=draw(text), dim=draw(st.integers(1, 65_536))),
         tokens=maybe(json_object),
+        index=IndexOptions(
+            codec=draw(st.sampled_from(["pq4", "pq8"])),
+            rotation=draw(st.sampled_from(["random", "opq", "none"])),
+            keep_keys=maybe(st.sampled_from(["f16", "bf16", "f32"])),
+            seed=draw(st.integers(0, SEED_MAX)),
+            segment_entries=draw(st.integers(1, 1 << 32)),
+        ),
         spaces=tuple(spaces),
         coarse=tuple(coarse),
         segments=tuple(segments),
@@ -147,6 +156,7 @@ FULL = Manifest(
     ),
     key=KeyLayer(layer="h.11.mlp", dim=768),
     tokens={"bos": 1},
+    index=IndexOptions(codec="pq8", rotation="opq", keep_keys="bf16", seed=7, segment_entries=1_000),
     spaces=tuple(
         SpaceRecord(
             id=name * 16,
@@ -235,7 +245,7 @@ def test_a_manifest_comes_back(manifest):
 
 # Objects in which any names are allowed, and fields that may be null.
 FREE = {("operation", "arguments"), ("operation", "counts"), ("tokens",)}
-NULLABLE = {"parent", "revision", "tokenizer", "tokens", "coarse", "keys", "dtype", "windows", "calibration"}
+NULLABLE = {"keep_keys", "parent", "revision", "tokenizer", "tokens", "coarse", "keys", "dtype", "windows", "calibration"}
 MEMBERS = {"files", "documents", "perplexity"}  # objects whose members may be any number
 NUMBERS = {"lambda", "temperature", "distortion", "lm", "knn", "mixed"}  # not whole ones only
 

@@ -35,7 +35,7 @@ def commit_same(path: Path, **changes: Any) -> Manifest:
     store = StoreFolder(path)
     base, pin = open_snapshot(store)
     pin.release()
-    return commit(store, base, lambda number, parent: dataclasses.replace(base, snapshot=number, parent=parent, **changes), staged=[])
+    return commit(store, lambda number, parent, current: dataclasses.replace(base, snapshot=number, parent=parent, **changes))
 
 
 def commit_from(path: Path, other: Path) -> Manifest:
@@ -48,7 +48,7 @@ def commit_from(path: Path, other: Path) -> Manifest:
     for folder in ("spaces", "segments"):
         shutil.copytree(other / folder, path / folder, dirs_exist_ok=True)
     return commit(
-        store, base, lambda number, parent: dataclasses.replace(manifest, uuid=base.uuid, snapshot=number, parent=parent), staged=[]
+        store, lambda number, parent, current: dataclasses.replace(manifest, uuid=base.uuid, snapshot=number, parent=parent)
     )
 
 

@@ -12,21 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.build import (
-    DEFAULT_K,
-    DEFAULT_NPROBE,
-    IndexOptions,
     StagedSegment,
     begin_store,
+    blank_manifest,
     check_vacant,
-    commit_new_store,
     encode_runs,
+    index_staged,
     load_index,
     sample_size,
     save_index,
     segment_record,
+    staged_segment,
     take_back,
     train_index,
 )
+from knnstore.changes import Change, commit_change
 from knnstore.errors import CorpusError, InvalidArgumentError, ModelError
 from knnstore.format import CONTEXTS_FILE, SEGMENT_ENTRIES, SEGMENT_FILE, VALUES_FILE, Kind
 from knnstore.lm.calibrate import calibrate
@@ -43,7 +43,7 @@ from knnstore.storage.coarse import Coarse
 from knnstore.storage.contexts import ContextsReader
 from knnstore.storage.files import disk
 from knnstore.storage.jobs import job_name, run_job
-from knnstore.storage.manifest import Operation, WindowRule
+from knnstore.storage.manifest import IndexOptions, Operation, WindowRule
 from knnstore.storage.segment import Segment
 from knnstore.storage.segment_writer import CodesWriter, finish_segment, tidy_segment, written_codes
 from knnstore.storage.space import Space, raw_space
@@ -137,13 +137,15 @@ def create(
                 stack.callback(segment.close)
             tokens = [SegmentTokens(segment.values, segment.contexts, **asdict(windows)) for segment in segments]
             calibration = calibrate(segments, tokens, embedder, domains=[domain], seed=seed, progress=progress)
-        commit_new_store(
-            store,
-            job,
-            staged,
-            space,
-            coarse,
-            store_uuid=store_uuid,
+        start = blank_manifest(
+            store_uuid,
+            checkpoint=loaded.checkpoint,
+            key=embedder.extractor.key,
+            tokens=work.tokenizer.rule,
+            index=options,
+            calibration=calibration,
+        )
+        change = Change(
             operation=Operation(
                 name="create",
                 arguments={"corpora": _short_list([file.source for file in inputs]), "domain": domain, "codec": codec, "seed": seed},
@@ -154,14 +156,11 @@ def create(
                     "skipped": len(reading.skipped),
                 },
             ),
-            checkpoint=loaded.checkpoint,
-            key=embedder.extractor.key,
-            tokens=work.tokenizer.rule,
+            **index_staged(job, space, coarse),
+            segments=[staged_segment(segment) for segment in staged],
             documents={domain: reading.documents},
-            calibration=calibration,
-            k=DEFAULT_K,
-            nprobe=DEFAULT_NPROBE,
         )
+        commit_change(store, start, change, job=job)
     return open_store(path)
 
 

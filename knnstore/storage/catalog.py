@@ -260,44 +260,44 @@ def file_records(folder: Path) -> tuple[FileRecord, ...]:
 
 def commit(
     store: StoreFolder,
-    base: Manifest | None,
-    build: Callable[[int, tuple[int, str] | None], Manifest],
+    build: Callable[[int, tuple[int, str] | None, Manifest | None], Manifest],
     *,
-    staged: Iterable[tuple[Path, Path]],
+    staged: Iterable[tuple[Path, Path]] = (),
 ) -> Manifest:
     """Makes one snapshot of what was staged: durable and visible, or not at all.
 
-    base: the snapshot the work began from (None for a new store). build: (number, parent) → the manifest. staged: (from, to)
-    folders whose content is synced already; one that is at its place already stays. Raises ConflictError where another commit
-    came first, FormatError where the base has features unknown here, StorageError where the disk fails (the store is then as before,
-    or, if it failed in the last step, as after).
+    build: (number, its parent's number and sha256, the newest snapshot or None) → the manifest; called while nobody else commits, and
+    free to raise ConflictError. staged: (from, to) folders whose content is synced already; one that is at its place already stays.
+    Raises FormatError where the newest snapshot has features unknown here, StorageError where the disk fails (the store is then as
+    before, or, if it failed in the last step, as after).
     """
-    unknown = sorted(set(base.writer_features) - WRITER_FEATURES) if base else []
-    if unknown:
-        raise FormatError(f"{store.path}: changing it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
     with hold_lock(store.lock, purpose="committing to this store", wait=True):
-        current = read_current(store) if store.current.exists() else None
-        number = current[0] if current else 0
+        parent = read_current(store) if store.current.exists() else None
+        current = read_manifest(store, *parent) if parent else None  # nothing is built on a damaged one
+        unknown = sorted(set(current.writer_features) - WRITER_FEATURES) if current else []
+        if unknown:
+            raise FormatError(
+                f"{store.path}: changing it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one."
+            )
+        number = parent[0] if parent else 0
         for dead in [n for n in list_manifests(store) if n > number]:
             disk.remove(store.manifest(dead))  # an attempt that was cut off before it counted
-        expected = base.snapshot if base else 0
-        other = read_manifest(store, *current) if current else None  # nothing is built on a damaged one
-        if other is not None and number != expected:
-            raise ConflictError(
-                f"{store.path}: snapshot {number} ({other.operation.name}, {other.time}) was committed while this one was built on "
-                f"snapshot {expected}. Run the command again."
-            )
+        manifest = build(number + 1, parent, current)
         _place(staged)
-        manifest = build(number + 1, current)
-        raw = manifest_bytes(manifest)
-        target = store.manifest(manifest.snapshot)
-        temporary = target.with_suffix(".json.tmp")
-        write_file(temporary, raw)
-        disk.link(temporary, target)
-        disk.remove(temporary)
-        disk.sync_folder(store.manifests)
-        replace_file(store.current, f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n".encode())
+        write_snapshot(store, manifest)
     return manifest
+
+
+def write_snapshot(store: StoreFolder, manifest: Manifest) -> None:
+    """A manifest, and CURRENT naming it: the commit itself. The caller holds LOCK, and what the manifest names is in its place."""
+    raw = manifest_bytes(manifest)
+    target = store.manifest(manifest.snapshot)
+    temporary = target.with_suffix(".json.tmp")
+    write_file(temporary, raw)
+    disk.link(temporary, target)
+    disk.remove(temporary)
+    disk.sync_folder(store.manifests)
+    replace_file(store.current, f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n".encode())
 
 
 def _place(staged: Iterable[tuple[Path, Path]]) -> None:

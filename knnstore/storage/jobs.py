@@ -12,9 +12,10 @@ from knnstore.storage.files import disk, hold_lock, replace_file
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 
-__all__ = ["JOB_FILE", "job_name", "other_jobs", "run_job"]
+__all__ = ["JOB_FILE", "MOVES_FILE", "job_name", "other_jobs", "run_job"]
 
 JOB_FILE = "job.json"
+MOVES_FILE = "moves.json"  # what a commit takes out of the job, written before it does
 _LOCK = "lock"
 
 

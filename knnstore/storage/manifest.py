@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-from knnstore.format import Codec
+from knnstore.errors import InvalidArgumentError
+from knnstore.format import ROTATIONS, SEGMENT_ENTRIES, Codec
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.rows import RangeSet, as_ranges
 
 __all__ = [
+    "SEED_MAX",
     "Calibration",
     "CoarseRecord",
     "FileRecord",
+    "IndexOptions",
     "Manifest",
     "Operation",
     "SegmentContent",
@@ -18,6 +21,8 @@ __all__ = [
     "SpaceRecord",
     "WindowRule",
 ]
+
+SEED_MAX = (1 << 31) - 1 - 1_234  # faiss seeds its k-means with this much more, as a 32-bit integer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +32,33 @@ class FileRecord:
     name: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexOptions:
+    """How keys become codes and lists: chosen when a store is made, and kept by what is added to it.
+
+    codec: `pq4` (4-bit codes, scanned by FastScan) or `pq8`. rotation: `random`, `opq` or `none`. keep_keys: None, `f16`,
+    `bf16` or `f32`, for exact search. seed: of rotation, sample and k-means. segment_entries: entries in a segment at most.
+    """
+
+    codec: str = "pq4"
+    rotation: str = "random"
+    keep_keys: str | None = None
+    seed: int = 0
+    segment_entries: int = SEGMENT_ENTRIES
+
+    def __post_init__(self) -> None:
+        if self.codec not in ("pq4", "pq8"):
+            raise InvalidArgumentError(f"codec {self.codec!r}: use pq4 or pq8.")
+        if self.rotation not in ROTATIONS:
+            raise InvalidArgumentError(f"rotation {self.rotation!r}: use one of {', '.join(ROTATIONS)}.")
+        if self.keep_keys not in (None, "f16", "bf16", "f32"):
+            raise InvalidArgumentError(f"keep_keys {self.keep_keys!r}: use f16, bf16 or f32.")
+        if not 0 <= self.seed <= SEED_MAX:
+            raise InvalidArgumentError(f"seed {self.seed}: use 0 to {SEED_MAX}.")
+        if not 1 <= self.segment_entries <= 1 << 32:
+            raise InvalidArgumentError(f"segment_entries {self.segment_entries}: use 1 to {1 << 32}.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +176,8 @@ class Calibration:
 class Manifest:
     """One snapshot.
 
-    tokens: the rule by which text became tokens, None where entries came from elsewhere. documents: how many each domain has.
+    tokens: the rule by which text became tokens, None where entries came from elsewhere. index: how keys become codes in what is
+    added. documents: how many each domain has.
     k, nprobe: of a search that does not say. reader_features, writer_features: what must be understood to read it, to build on it.
     """
 
@@ -156,6 +189,7 @@ class Manifest:
     checkpoint: Checkpoint
     key: KeyLayer
     tokens: dict[str, Any] | None
+    index: IndexOptions
     spaces: tuple[SpaceRecord, ...]
     coarse: tuple[CoarseRecord, ...]
     segments: tuple[SegmentRecord, ...]

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from knnstore.errors import DamageError, FormatError
-from knnstore.format import CODECS_BY_NAME, FORMAT_VERSION, MAX_VOCABULARY, READER_FEATURES, ROW_BITS
+from knnstore.format import CODECS_BY_NAME, FORMAT_VERSION, MAX_VOCABULARY, READER_FEATURES, ROTATIONS, ROW_BITS
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
+    SEED_MAX,
     Calibration,
     CoarseRecord,
     FileRecord,
+    IndexOptions,
     Manifest,
     Operation,
     SegmentContent,
@@ -84,6 +86,7 @@ def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
         "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
         "features": {"reader": list(manifest.reader_features), "writer": list(manifest.writer_features)},
         "format": FORMAT_VERSION,
+        "index": _plain(manifest.index),
         "key": _plain(manifest.key),
         "operation": _plain(manifest.operation),
         "parent": None if manifest.parent is None else {"sha256": manifest.parent[1], "snapshot": manifest.parent[0]},
@@ -117,8 +120,8 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
     if isinstance(fields, dict) and isinstance(fields.get("format"), int) and fields["format"] > FORMAT_VERSION:
         raise FormatError(f"{at}: format {fields['format']}; this knnstore reads up to {FORMAT_VERSION}. Install a newer one.")
     names = (
-        "calibration", "check", "checkpoint", "coarse", "defaults", "documents", "features", "format", "key", "operation",
-        "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid",
+        "calibration", "check", "checkpoint", "coarse", "defaults", "documents", "features", "format", "index", "key",
+        "operation", "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid",
     )  # fmt: skip
     fields = parse_object(fields, at, required=names)
     if parse_size(fields["format"], f"{at}.format") != FORMAT_VERSION:
@@ -141,6 +144,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
         checkpoint=_parse_checkpoint(fields["checkpoint"], f"{at}.checkpoint"),
         key=_parse_key(fields["key"], f"{at}.key"),
         tokens=None if fields["tokens"] is None else parse_mapping(fields["tokens"], f"{at}.tokens"),
+        index=_parse_index(fields["index"], f"{at}.index"),
         spaces=tuple(_parse_space(raw, f"{at}.spaces[{i}]") for i, raw in enumerate(parse_list(fields["spaces"], f"{at}.spaces"))),
         coarse=tuple(_parse_coarse(raw, f"{at}.coarse[{i}]") for i, raw in enumerate(parse_list(fields["coarse"], f"{at}.coarse"))),
         segments=tuple(
@@ -200,6 +204,20 @@ def _parse_checkpoint(raw: object, at: str) -> Checkpoint:
 def _parse_key(raw: object, at: str) -> KeyLayer:
     fields = parse_object(raw, at, required=("dim", "layer"))
     return KeyLayer(layer=parse_text(fields["layer"], f"{at}.layer"), dim=parse_size(fields["dim"], f"{at}.dim", most=1 << 20))
+
+
+def _parse_index(raw: object, at: str) -> IndexOptions:
+    fields = parse_object(raw, at, required=("codec", "keep_keys", "rotation", "seed", "segment_entries"))
+    segment_entries = parse_size(fields["segment_entries"], f"{at}.segment_entries", most=1 << 32)
+    if not segment_entries:
+        raise DamageError(f"{at}.segment_entries: 0. Run `knnstore verify`.")
+    return IndexOptions(
+        codec=parse_word(fields["codec"], f"{at}.codec", ("pq4", "pq8")),
+        rotation=parse_word(fields["rotation"], f"{at}.rotation", ROTATIONS),
+        keep_keys=None if fields["keep_keys"] is None else parse_word(fields["keep_keys"], f"{at}.keep_keys", KEY_TYPES),
+        seed=parse_size(fields["seed"], f"{at}.seed", most=SEED_MAX),
+        segment_entries=segment_entries,
+    )
 
 
 def _parse_files(raw: object, at: str) -> tuple[FileRecord, ...]:

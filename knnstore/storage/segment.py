@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.format import CONTEXTS_FILE, KEYS_FILE, LISTS_FILE, SEGMENT_FILE, VALUES_FILE, Codec, Kind
 from knnstore.storage.arrays import MappedArray, map_file, to_float32
-from knnstore.storage.coarse import Coarse
+from knnstore.storage.catalog import StoreFolder
+from knnstore.storage.coarse import Coarse, load_coarse
 from knnstore.storage.contexts import ContextsReader
 from knnstore.storage.lists import MappedLists
-from knnstore.storage.manifest import SegmentContent, SegmentRecord
+from knnstore.storage.manifest import Manifest, SegmentContent, SegmentRecord
 from knnstore.storage.manifest_json import parse_segment_content
 from knnstore.storage.parse import parse_json_bytes, read_small
-from knnstore.storage.space import Space
+from knnstore.storage.space import Space, load_space
 
-__all__ = ["Segment", "read_segment_content"]
+__all__ = ["Segment", "open_segments", "read_segment_content"]
 
 
 def read_segment_content(folder: Path) -> tuple[SegmentContent, str]:
@@ -103,3 +104,16 @@ class Segment:
         if self._contexts is not None and self._pid == os.getpid():
             self._contexts.close()
             self._contexts = None
+
+
+def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
+    """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
+    spaces = {record.id: load_space(store.space(record.id), record.id, record.files) for record in manifest.spaces}
+    dim = manifest.key.dim
+    coarse: dict[str | None, Coarse] = {
+        record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse
+    }
+    return tuple(
+        Segment(store.segment(record.content.uuid), record, spaces[record.content.space], coarse.get(record.content.coarse))
+        for record in manifest.segments
+    )

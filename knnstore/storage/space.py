@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import DamageError, InvalidArgumentError
-from knnstore.format import CENTROIDS_FILE, CODEC_NAMES, CODECS_BY_NAME, ROTATION_FILE, SPACE_FILE, Codec, DType, Kind
+from knnstore.format import CENTROIDS_FILE, CODEC_NAMES, CODECS_BY_NAME, ROTATION_FILE, ROTATIONS, SPACE_FILE, Codec, DType, Kind
 from knnstore.storage.arrays import read_array, write_array
 from knnstore.storage.files import disk, write_file
 from knnstore.storage.manifest import FileRecord
@@ -32,7 +32,6 @@ Codes = NDArray[np.uint8]
 TARGET_SUBQUANTIZERS = {Codec.PQ4: 128, Codec.PQ8: 64}  # 64 bytes of code either way: the field's usual size
 BITS = {Codec.PQ4: 4, Codec.PQ8: 8}
 MIN_TRAINING = {Codec.RAW: 0, Codec.PQ4: 4_096, Codec.PQ8: 10_240}  # entries: 256 and 40 a centroid; below, keys stay raw
-ROTATIONS = ("random", "opq", "none")
 PQ_TRAINING_MAX = 65_536  # sampled keys looked at
 KMEANS_ITERATIONS = 25  # faiss's own number for product quantizers
 POINTS_PER_CENTROID = {4: 256, 8: 256}  # sampled keys a centroid is trained on; more change the distortion by under 0.1%
