@@ -6,10 +6,13 @@ import click
 
 from knnstore import __version__
 
+from .append import append
 from .completion import completion
 from .create import create
+from .delete import delete
 from .demo import demo
 from .inspection import info, snapshots, verify
+from .merge import merge
 from .options import write_example
 from .query import query
 from .reporting import watched
@@ -49,5 +52,5 @@ def cli() -> None:
     """
 
 
-for command in (create, query, info, verify, snapshots, demo, completion):
+for command in (create, append, merge, query, delete, info, verify, snapshots, demo, completion):
     cli.add_command(command)

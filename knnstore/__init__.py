@@ -10,10 +10,14 @@ from knnstore import errors
 from knnstore._version import __version__
 
 if TYPE_CHECKING:
-    from knnstore.entries import EntryDocument, create_from_entries
+    from knnstore.deletion import Receipt, delete
+    from knnstore.entries import append_entries, create_from_entries
     from knnstore.filters import RowRange
+    from knnstore.intake import EntryDocument
+    from knnstore.lm.append import append
     from knnstore.lm.create import create
     from knnstore.lm.knnlm import KnnLM, Step
+    from knnstore.merging import merge
     from knnstore.neighbors import Context, Neighbors
     from knnstore.storage.checkpoint import Checkpoint
     from knnstore.storage.manifest import IndexOptions
@@ -25,14 +29,19 @@ _PLACES = {
     "Checkpoint": "knnstore.storage.checkpoint",
     "Context": "knnstore.neighbors",
     "Datastore": "knnstore.store",
-    "EntryDocument": "knnstore.entries",
+    "EntryDocument": "knnstore.intake",
     "IndexOptions": "knnstore.storage.manifest",
     "KnnLM": "knnstore.lm.knnlm",
     "Neighbors": "knnstore.neighbors",
+    "Receipt": "knnstore.deletion",
     "RowRange": "knnstore.filters",
     "Step": "knnstore.lm.knnlm",
+    "append": "knnstore.lm.append",
+    "append_entries": "knnstore.entries",
     "create": "knnstore.lm.create",
     "create_from_entries": "knnstore.entries",
+    "delete": "knnstore.deletion",
+    "merge": "knnstore.merging",
     "open": "knnstore.store",
     "verify": "knnstore.verification.datastore",
 }
@@ -45,12 +54,17 @@ __all__ = [
     "IndexOptions",
     "KnnLM",
     "Neighbors",
+    "Receipt",
     "RowRange",
     "Step",
     "__version__",
+    "append",
+    "append_entries",
     "create",
     "create_from_entries",
+    "delete",
     "errors",
+    "merge",
     "open",
     "verify",
 ]

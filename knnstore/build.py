@@ -3,9 +3,10 @@
 `knnstore.entries` makes a datastore without a model, `knnstore.lm.create` with one.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from knnstore.format import CODECS_BY_NAME, STORE_FILE, Codec
 from knnstore.storage.catalog import StoreFolder, file_records, lay_foundation, list_manifests, read_current, read_manifest
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
-from knnstore.storage.files import disk, hold_lock
+from knnstore.storage.files import disk, hold_lock, write_file
 from knnstore.storage.jobs import JOB_FILE, MOVES_FILE, job_name, other_jobs
 from knnstore.storage.manifest import (
     Calibration,
@@ -27,7 +28,9 @@ from knnstore.storage.manifest import (
     Operation,
     SegmentRecord,
     SpaceRecord,
+    WindowRule,
 )
+from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 from knnstore.storage.segment import read_segment_content
 from knnstore.storage.segment_writer import CodesWriter
@@ -36,6 +39,7 @@ from knnstore.storage.space import MIN_TRAINING, Space, load_space, save_space, 
 __all__ = ["StagedSegment", "sample_rows", "train_index"]
 
 Keys = NDArray[np.float32]
+Index = tuple[Space, Coarse | None]
 
 DEFAULT_K = 1_024  # neighbours: more help perplexity more than better distances do (docs/design.md, Index)
 DEFAULT_NPROBE = 32  # lists: beyond this, perplexity gains under 0.1%
@@ -43,14 +47,16 @@ SAMPLE_BYTES = 1 << 30  # bytes of sampled keys held while training
 SAMPLE_MIN = 65_536  # keys: what a product quantizer is trained on at most
 MEASURED_ROWS = 1_024  # rows, of those encoded at a time, whose distortion is measured
 ENCODE_ROWS = 16_384  # rows encoded at a time
+_CHOICE = "choice.json"  # which space and coarse quantizer a job uses
 
 
 @dataclass(frozen=True, slots=True)
 class StagedSegment:
-    """A segment in a job's folder that waits for its commit. runs: (domain, first row, stop row)."""
+    """A segment in a job's folder that waits for its commit. runs: (domain, first row, stop row); dead: rows that never count."""
 
     folder: Path
     runs: tuple[tuple[str, int, int], ...]
+    dead: tuple[tuple[int, int], ...] = ()
 
 
 def sample_size(n_entries: int, dim: int) -> int:
@@ -80,29 +86,36 @@ def train_index(sample: Keys, n_entries: int, options: IndexOptions) -> tuple[Sp
     return space, train_coarse(space.rotate(sample), space=space.id, nlist=nlist, seed=options.seed)
 
 
-def save_index(job: Path, space: Space, coarse: Coarse | None) -> None:
-    """Stages space and coarse quantizer in a job's folder, both or none."""
+def save_index(job: Path, space: Space, coarse: Coarse | None, *, known: Container[str] = ()) -> None:
+    """Stages space and coarse quantizer in a job's folder, both or none. known: ids of those that the store has already."""
     temporary = job / "index.tmp"
     disk.remove_tree(temporary)
-    disk.make_folder(temporary / "coarse")
-    save_space(space, temporary / "spaces" / space.id)
-    if coarse is not None:
+    for name in ("spaces", "coarse"):
+        disk.make_folder(temporary / name)
+    if space.id not in known:
+        save_space(space, temporary / "spaces" / space.id)
+    if coarse is not None and coarse.id not in known:
         save_coarse(coarse, temporary / "coarse" / coarse.id)
+    write_file(temporary / _CHOICE, canonical({"space": space.id, "coarse": None if coarse is None else coarse.id}))
     for folder in (temporary / "spaces", temporary / "coarse", temporary):
         disk.sync_folder(folder)
     disk.rename(temporary, job / "index")
     disk.sync_folder(job)
 
 
-def load_index(job: Path, dim: int) -> tuple[Space, Coarse | None]:
-    """What `save_index` staged. Raises NotFoundError where it did not get that far."""
-    if not (job / "index").exists():
+def load_index(
+    job: Path, dim: int, spaces: Mapping[str, Space] = MappingProxyType({}), coarse: Mapping[str, Coarse] = MappingProxyType({})
+) -> Index:
+    """What `save_index` chose: staged, or one of those the store has. Raises NotFoundError where it did not get that far."""
+    folder = job / "index"
+    if not folder.exists():
         raise NotFoundError(f"{job}: no index was trained yet.")
-    space_id = next((job / "index" / "spaces").iterdir()).name
-    space = load_space(job / "index" / "spaces" / space_id, space_id)
-    coarse_folder = next((job / "index" / "coarse").iterdir(), None)
-    coarse = None if coarse_folder is None else load_coarse(coarse_folder, coarse_folder.name, space=space_id, dim=dim)
-    return space, coarse
+    choice = parse_json(folder / _CHOICE)
+    space_id, coarse_id = choice["space"], choice["coarse"]
+    space = spaces.get(space_id) or load_space(folder / "spaces" / space_id, space_id)
+    if coarse_id is None:
+        return space, None
+    return space, coarse.get(coarse_id) or load_coarse(folder / "coarse" / coarse_id, coarse_id, space=space_id, dim=dim)
 
 
 def encode_runs(writer: CodesWriter, first_rows: Sequence[int], runs: Sequence[Keys], space: Space, coarse: Coarse | None) -> None:
@@ -127,6 +140,7 @@ def blank_manifest(
     checkpoint: Checkpoint,
     key: KeyLayer,
     tokens: dict[str, Any] | None,
+    windows: WindowRule | None,
     index: IndexOptions,
     calibration: Calibration | None = None,
     k: int = DEFAULT_K,
@@ -142,6 +156,7 @@ def blank_manifest(
         checkpoint=checkpoint,
         key=key,
         tokens=tokens,
+        windows=windows,
         index=index,
         spaces=(),
         coarse=(),
@@ -153,26 +168,21 @@ def blank_manifest(
     )
 
 
-def index_staged(job: Path, space: Space, coarse: Coarse | None) -> dict[str, Any]:
+def staged_index(job: Path, dim: int) -> dict[str, Any]:
     """What `save_index` staged, as a `Change` takes it."""
-    return {"spaces": (staged_space(job, space),), "coarse": () if coarse is None else (staged_coarse(job, coarse),)}
-
-
-def staged_space(job: Path, space: Space) -> Staged[SpaceRecord]:
-    """A space that waits in a job's folder."""
-    folder = job / "index" / "spaces" / space.id
-    return Staged(folder, space_record(space, folder))
-
-
-def staged_coarse(job: Path, coarse: Coarse) -> Staged[CoarseRecord]:
-    """A coarse quantizer that waits in a job's folder."""
-    folder = job / "index" / "coarse" / coarse.id
-    return Staged(folder, coarse_record(coarse, folder))
+    folder = job / "index"
+    spaces = [load_space(child, child.name) for child in sorted((folder / "spaces").iterdir())]
+    space_id = parse_json(folder / _CHOICE)["space"]
+    coarse = [load_coarse(child, child.name, space=space_id, dim=dim) for child in sorted((folder / "coarse").iterdir())]
+    return {
+        "spaces": [Staged(folder / "spaces" / space.id, space_record(space, folder / "spaces" / space.id)) for space in spaces],
+        "coarse": [Staged(folder / "coarse" / item.id, coarse_record(item, folder / "coarse" / item.id)) for item in coarse],
+    }
 
 
 def staged_segment(segment: StagedSegment) -> Staged[SegmentRecord]:
     """A segment that waits in a job's folder, with what a manifest says of it."""
-    return Staged(segment.folder, segment_record(segment.folder, segment.runs))
+    return Staged(segment.folder, replace(segment_record(segment.folder, segment.runs), dead=segment.dead))
 
 
 def space_record(space: Space, folder: Path) -> SpaceRecord:

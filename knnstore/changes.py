@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from knnstore.errors import ConflictError
-from knnstore.filters import document_domain
+from knnstore.filters import document_domain, live_records
 from knnstore.storage.catalog import StoreFolder, commit, now
 from knnstore.storage.files import replace_file
 from knnstore.storage.jobs import MOVES_FILE
@@ -74,6 +75,7 @@ def commit_change(store: StoreFolder, start: Manifest, change: Change, *, job: P
     moves = [(staged.folder, store.space(staged.record.id)) for staged in change.spaces]
     moves += [(staged.folder, store.coarse(staged.record.id)) for staged in change.coarse]
     moves += [(staged.folder, store.segment(staged.record.content.uuid)) for staged in change.segments]
+    moves = [(source, target) for source, target in moves if source != target]  # a segment that stays, with other rows dead
 
     def build(number: int, parent: tuple[int, str] | None, current: Manifest | None) -> Manifest:
         if current is None and start.snapshot:
@@ -150,21 +152,19 @@ class _Application:
         """Rows of the documents that go. One that went already is no conflict; one whose content is another by now is."""
         if not self._change.removes:
             return
-        replaced = {record.content.uuid for record in self._change.replaced}
         segments = open_segments(self._store, self._current)
+        rewritten = {record.content.uuid for record in self._change.replaced}  # without the documents that go
         for key in self._change.removes:
             found = False
-            for segment in segments:
-                for record in segment.find(key.id):
-                    rows = (record.first_row, record.first_row + record.n_entries)
-                    if document_domain(segment.record, rows[0]) != key.domain or _is_dead(segment.record, rows[0]):
-                        continue
-                    if record.last and record.content_hash != key.content_hash:
-                        raise self._conflict(f"document {key.id!r} of domain {key.domain!r} was replaced")
-                    if segment.content.uuid in replaced:
-                        raise self._conflict(f"segment {segment.content.uuid} was changed")
-                    self._dead.setdefault(segment.content.uuid, []).append(rows)
-                    found = True
+            for number, domain, record in live_records(segments, key.id):
+                if domain != key.domain:
+                    continue
+                if record.last and record.content_hash != key.content_hash:
+                    raise self._conflict(f"document {key.id!r} of domain {key.domain!r} was replaced")
+                found = True
+                uuid = segments[number].content.uuid
+                if uuid not in rewritten:
+                    self._dead.setdefault(uuid, []).append((record.first_row, record.first_row + record.n_entries))
             self._gone[key.domain] += found
 
     def _check_added(self) -> None:
@@ -176,19 +176,20 @@ class _Application:
         others = open_segments(self._store, replace(self._current, segments=tuple(unseen)))
         for staged in self._change.segments:
             ours = Segment(staged.folder, staged.record, others[0].space, None)  # only its documents are looked at
-            hashes = ours.ids.rows(0, ours.ids.n_rows)[:, 0]
+            hashes = ours.ids.rows(0, len(ours.ids))[:, 0]
             for other in others:
                 self._compare(ours, hashes, other)
             ours.close()
 
-    def _compare(self, ours: Segment, hashes: "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]", other: Segment) -> None:
-        for place in np.flatnonzero(other.has_ids(hashes)).tolist():
+    def _compare(self, ours: Segment, hashes: NDArray[np.uint64], other: Segment) -> None:
+        known = other.ids.rows(0, len(other.ids))[:, 0]
+        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        for place in np.flatnonzero(known[at] == hashes).tolist():
             record = ours.contexts.document_at(int(ours.ids.rows(place, place + 1)[0, 1]))
             domain = document_domain(ours.record, record.first_row)
-            for known in other.find(record.id):
-                same = document_domain(other.record, known.first_row) == domain and not _is_dead(other.record, known.first_row)
-                dying = as_ranges(self._dead.get(other.content.uuid, []))
-                if same and not contains(dying, np.array([known.first_row]))[0]:
+            dying = as_ranges(self._dead.get(other.content.uuid, []))
+            for _, of_other, there in live_records([other], record.id):
+                if of_other == domain and not contains(dying, np.array([there.first_row]))[0]:
                     raise self._conflict(f"document {record.id!r} of domain {domain!r} was added")
 
     def _segments(self) -> tuple[SegmentRecord, ...]:
@@ -206,11 +207,9 @@ class _Application:
         return (*kept, *(staged.record for staged in change.segments))
 
 
-def _is_dead(record: SegmentRecord, row: int) -> bool:
-    return bool(contains(record.dead_ranges(), np.array([row]))[0])
-
-
-def _index_of(segments: Sequence[SegmentRecord], current: Manifest, change: Change) -> dict[str, tuple[SpaceRecord, ...] | tuple[CoarseRecord, ...]]:
+def _index_of(
+    segments: Sequence[SegmentRecord], current: Manifest, change: Change
+) -> dict[str, tuple[SpaceRecord, ...] | tuple[CoarseRecord, ...]]:
     """Spaces and coarse quantizers that are used; of a store without entries the last space remains."""
     spaces = {record.id: record for record in (*current.spaces, *(staged.record for staged in change.spaces))}
     coarse = {record.id: record for record in (*current.coarse, *(staged.record for staged in change.coarse))}

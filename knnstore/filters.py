@@ -2,18 +2,29 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import InvalidArgumentError, NotFoundError
+from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.manifest import SegmentRecord
-from knnstore.storage.rows import RangeSet, as_ranges, complement, intersect, subtract
+from knnstore.storage.rows import RangeSet, as_ranges, contains, intersect, subtract
 from knnstore.storage.segment import Segment
 
-__all__ = ["Domains", "RowRange", "Where", "allowed_rows", "document_domain", "domain_weights", "find_document_rows", "log_weights"]
+__all__ = [
+    "Domains",
+    "RowRange",
+    "Where",
+    "allowed_rows",
+    "document_domain",
+    "domain_weights",
+    "find_document_rows",
+    "live_records",
+    "log_weights",
+]
 
 Domains = str | Sequence[str] | Mapping[str, float]
 Where = Mapping[str, object]
@@ -90,9 +101,14 @@ def _rows_where(segment: Segment, where: Where) -> RangeSet:
         [
             (document.first_row, document.first_row + document.n_entries)
             for document in segment.contexts.documents()
-            if all(name in document.metadata and document.metadata[name] == value for name, value in where.items())
+            if matches(document.metadata, where)
         ]
     )
+
+
+def matches(metadata: Mapping[str, object], where: Where) -> bool:
+    """Whether a document's metadata has all of these fields with these values."""
+    return all(name in metadata and metadata[name] == value for name, value in where.items())
 
 
 def document_domain(record: SegmentRecord, first_row: int) -> str:
@@ -100,15 +116,19 @@ def document_domain(record: SegmentRecord, first_row: int) -> str:
     return record.runs[bisect_right(record.runs, first_row, key=lambda run: run[1]) - 1][0]
 
 
+def live_records(segments: Sequence[Segment], document_id: str) -> Iterator[tuple[int, str, DocumentRecord]]:
+    """The live records with this id, in every domain: number of the segment, domain, record (each part of a document in parts)."""
+    for number, segment in enumerate(segments):
+        for record in segment.find(document_id):
+            if not contains(segment.record.dead_ranges(), np.array([record.first_row]))[0]:
+                yield number, document_domain(segment.record, record.first_row), record
+
+
 def find_document_rows(segments: Sequence[Segment], document_id: str) -> list[RowRange]:
     """Where a document's live rows are, in every domain that has one of this id. Raises NotFoundError where none has."""
-    found = []
-    for number, segment in enumerate(segments):
-        alive = complement(segment.record.dead_ranges(), segment.content.entries)
-        for record in segment.contexts.find(document_id):
-            stop = record.first_row + record.n_entries
-            if len(intersect(as_ranges([(record.first_row, stop)]), alive)):
-                found.append(RowRange(number, record.first_row, stop))
+    found = [
+        RowRange(number, record.first_row, record.first_row + record.n_entries) for number, _, record in live_records(segments, document_id)
+    ]
     if not found:
         raise NotFoundError(f"document {document_id!r}: not in this datastore. `knnstore info --documents` lists them.")
     return found

@@ -25,10 +25,13 @@ COARSE = "coarse"
 SEGMENTS = "segments"
 TAGS = "tags"
 STAGING = "staging"
+QUARANTINE = "quarantine"  # what repair took out of use
+MOVES_FILE = "moves.json"  # in a job: what its commit takes out of it, written before it does
 LISTS_FILE = "lists.bin"
 DIRECTORY_FILE = "lists.dir"
 VALUES_FILE = "values.bin"
 CONTEXTS_FILE = "contexts.lmdb"
+IDS_FILE = "ids.bin"
 KEYS_FILE = "keys.bin"
 SEGMENT_FILE = "segment.json"
 SPACE_FILE = "space.json"
@@ -63,6 +66,7 @@ class Kind(IntEnum):
     ROTATION = 5
     CENTROIDS = 6
     COARSE = 7
+    IDS = 8
 
 
 class Codec(IntEnum):

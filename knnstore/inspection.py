@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, KEYS_FILE, LISTS_FILE, VALUES_FILE
+from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, IDS_FILE, KEYS_FILE, LISTS_FILE, VALUES_FILE
 from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
+from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.manifest import Calibration, Manifest
 from knnstore.storage.rows import contains, count, subtract
 from knnstore.storage.segment import Segment
 
-__all__ = ["calibration_fields", "live_documents", "snapshot_list", "store_info"]
+__all__ = ["calibration_fields", "live_documents", "live_hashes", "snapshot_list", "store_info"]
 
 
 def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
     """Each document with live rows once: id, domain, source, entries, metadata."""
-    parts: dict[tuple[str, str], int] = {}
+    parts: dict[tuple[str, str], list[DocumentRecord]] = {}
     for segment in segments:
         dead = segment.record.dead_ranges()
         runs = iter(segment.record.runs)
@@ -28,16 +29,31 @@ def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
                 domain, _, stop = next(runs)
             if contains(dead, np.array([record.first_row]))[0]:
                 continue
-            if not record.last:
-                parts[domain, record.id] = parts.get((domain, record.id), 0) + record.n_entries
+            known = [*parts.pop((domain, record.id), []), record]
+            n_parts = next((part.part + 1 for part in known if part.last), 0)
+            if len(known) != n_parts:  # segments that were joined may hold later parts before earlier ones
+                parts[domain, record.id] = known
                 continue
-            entries = parts.pop((domain, record.id), 0) + record.n_entries
+            entries = sum(part.n_entries for part in known)
             yield {"id": record.id, "domain": domain, "source": record.source, "entries": entries, "metadata": record.metadata}
+
+
+def live_hashes(segments: Sequence[Segment], domain: str) -> Iterator[tuple[str, str | None]]:
+    """Id and content hash of each document of a domain with live rows."""
+    for segment in segments:
+        dead = segment.record.dead_ranges()
+        of_domain = segment.record.domain_ranges(domain)
+        if not count(subtract(of_domain, dead)):
+            continue
+        for record in segment.contexts.documents():
+            row = np.array([record.first_row])
+            if record.last and contains(of_domain, row)[0] and not contains(dead, row)[0]:
+                yield record.id, record.content_hash
 
 
 def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The fields of `knnstore info --json`, from the manifest alone."""
-    parts = {"lists": (LISTS_FILE, DIRECTORY_FILE), "values": (VALUES_FILE,), "contexts": (CONTEXTS_FILE,), "keys": (KEYS_FILE,)}
+    parts = {"lists": (LISTS_FILE, DIRECTORY_FILE), "values": (VALUES_FILE,), "contexts": (CONTEXTS_FILE, IDS_FILE), "keys": (KEYS_FILE,)}
     sizes = {part: sum(segment.content.size_of(name) for segment in manifest.segments for name in names) for part, names in parts.items()}
     files = [file for space in manifest.spaces for file in space.files] + [file for coarse in manifest.coarse for file in coarse.files]
     centroids = sum(file.size for file in files)
@@ -81,8 +97,10 @@ def _domain_entries(manifest: Manifest, domain: str) -> int:
 
 
 def _windows(manifest: Manifest) -> dict[str, Any] | None:
-    rules = [segment.content.windows for segment in manifest.segments if segment.content.windows is not None]
-    return {**asdict(rules[0]), "dtype": manifest.segments[0].content.dtype} if rules else None
+    if manifest.windows is None:
+        return None
+    computed = [segment.content.dtype for segment in manifest.segments if segment.content.dtype is not None]
+    return {**asdict(manifest.windows), "dtype": computed[0] if computed else None}
 
 
 def calibration_fields(calibration: Calibration | None) -> dict[str, Any] | None:

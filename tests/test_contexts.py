@@ -102,9 +102,6 @@ def test_documents_and_text_come_back(tmp_path_factory, documents, seed):
     reader = ContextsReader(path, n_rows=n_rows)
     assert list(reader.documents()) == records
     assert reader.first_rows.tolist() == [record.first_row for record in records]
-    for name in {document.id for document in documents}:
-        assert reader.find(name) == [record for record in records if record.id == name]
-    assert reader.find("none such") == []
     rng = np.random.default_rng(seed)
     numbers = np.repeat(np.arange(len(documents)), [document.n_parts for document in documents])
     for number, record in zip(numbers, records, strict=True):

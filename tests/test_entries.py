@@ -143,8 +143,12 @@ def test_hits_come_with_the_context_they_have_in_their_document(tmp_path_factory
         listed = [(document.domain, document.id, document.entries, document.source, document.metadata) for document in store.documents()]
         assert listed == [(whole.domain, whole.id, len(whole.values), f"/{whole.id}", whole.metadata) for whole in wholes]
         for record in itertools.chain.from_iterable(segment.contexts.documents() for segment in store.segments):
-            texts = {whole.text for whole in wholes if whole.id == record.id}
-            hashes = {hashlib.sha256(text.encode()).hexdigest() if text is not None else None for text in texts}
+            contents = [
+                b"tokens\0" + np.asarray(whole.values, "<u4").tobytes() if whole.text is None else whole.text.encode()
+                for whole in wholes
+                if whole.id == record.id
+            ]
+            hashes = {hashlib.sha256(content).hexdigest() for content in contents}
             assert record.content_hash in hashes if record.last else record.content_hash is None
         for whole in wholes:
             hits = store.search(whole.keys, k=1)

@@ -124,6 +124,7 @@ def manifests(draw: Any) -> Manifest:
         ),
         key=KeyLayer(layer=draw(text), dim=draw(st.integers(1, 65_536))),
         tokens=maybe(json_object),
+        windows=maybe(st.builds(WindowRule, context=size, stride=size)),
         index=IndexOptions(
             codec=draw(st.sampled_from(["pq4", "pq8"])),
             rotation=draw(st.sampled_from(["random", "opq", "none"])),
@@ -156,6 +157,7 @@ FULL = Manifest(
     ),
     key=KeyLayer(layer="h.11.mlp", dim=768),
     tokens={"bos": 1},
+    windows=WindowRule(context=512, stride=256),
     index=IndexOptions(codec="pq8", rotation="opq", keep_keys="bf16", seed=7, segment_entries=1_000),
     spaces=tuple(
         SpaceRecord(

@@ -3,7 +3,7 @@
 This part of a job is continued at the last segment that was finished, so that the corpus is tokenized once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from knnstore.errors import CorpusError
+from knnstore.errors import CorpusError, ExistsError
 from knnstore.lm.corpus import ContentHash, CorpusFile, Document, SkippedDocument, read_documents
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import Progress, Stage
@@ -22,7 +22,7 @@ from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 from knnstore.storage.segment_writer import DocumentsWriter
 
-__all__ = ["DraftSegment", "Reading", "read_corpus"]
+__all__ = ["DraftSegment", "Known", "Reading", "read_corpus"]
 
 _DRAFT_FILE = "draft.json"
 _READ_FILE = "read.json"
@@ -39,16 +39,35 @@ class DraftSegment:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was read: segments in order, documents taken, those that were there already, those left out and why."""
+    """What was read: segments in order, documents taken, those that were there already, those left out and why.
+
+    replaced: (id, content hash) of documents of the store whose content is another now, or nothing; gone: likewise of those that the
+    corpus does not have.
+    """
 
     segments: tuple[DraftSegment, ...]
     documents: int
     repeated: int
     skipped: tuple[SkippedDocument, ...]
+    replaced: tuple[tuple[str, str | None], ...]
+    gone: tuple[tuple[str, str | None], ...]
 
     @property
     def entries(self) -> int:
         return sum(segment.n_rows for segment in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the store has already. content_of: id → content hash of a document, None where there is none of that id.
+
+    replace: whether one whose content changed is replaced; else it is refused. all_of: where documents that the corpus does not have
+    are to go, all of the store's (id, content hash); else None.
+    """
+
+    content_of: Callable[[str], str | None] = lambda document_id: None
+    replace: bool = False
+    all_of: Callable[[], Iterator[tuple[str, str | None]]] | None = None
 
 
 @dataclass(slots=True)
@@ -83,15 +102,24 @@ def read_corpus(
     prefix_tokens: int,
     segment_entries: int,
     progress: Progress,
+    known: Known | None = None,
 ) -> Reading:
     """Reads and tokenizes a corpus into draft segments under job/segments, or takes up where a killed process left off.
 
     prefix_tokens: tokens that a later part of a document repeats from before it, so that its first window has its context.
-    Raises CorpusError for a document that cannot be taken, naming it.
+    known: documents that need not be written, or that come instead of others.
+    Raises CorpusError for a document that cannot be taken, ExistsError for one whose content changed, naming it.
     """
     if (job / _READ_FILE).exists():
         return _reading(job, parse_json(job / _READ_FILE))
-    reader = _Reader(job, tokenizer=tokenizer, vocab_size=vocab_size, prefix_tokens=prefix_tokens, segment_entries=segment_entries)
+    reader = _Reader(
+        job,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        prefix_tokens=prefix_tokens,
+        segment_entries=segment_entries,
+        known=known or Known(),
+    )
     with closing(reader), progress.stage("reading and tokenizing", total=None, unit="tokens", done=reader.n_rows) as stage:
         for document in read_documents(files):
             reader.take(document, stage)
@@ -105,12 +133,17 @@ def _reading(job: Path, fields: dict[str, Any]) -> Reading:
         documents=fields["documents"],
         repeated=fields["repeated"],
         skipped=tuple(SkippedDocument(*item) for item in fields["skipped"]),
+        replaced=tuple((item[0], item[1]) for item in fields["replaced"]),
+        gone=tuple((item[0], item[1]) for item in fields["gone"]),
     )
 
 
 class _Reader:
-    def __init__(self, job: Path, *, tokenizer: DocumentTokenizer, vocab_size: int, prefix_tokens: int, segment_entries: int) -> None:
-        self._job, self._tokenizer, self._vocab_size = job, tokenizer, vocab_size
+    def __init__(
+        self, job: Path, *, tokenizer: DocumentTokenizer, vocab_size: int, prefix_tokens: int, segment_entries: int, known: Known
+    ) -> None:
+        self._job, self._tokenizer, self._vocab_size, self._known = job, tokenizer, vocab_size, known
+        self._replaced: dict[str, str | None] = {}
         self._prefix_tokens, self._segment_entries = prefix_tokens, segment_entries
         self._segments: list[dict[str, Any]] = []
         self._skipped: list[list[str]] = []
@@ -137,6 +170,7 @@ class _Reader:
         for draft in sorted(drafts, key=lambda fields: int(fields["index"])):
             self._segments.append({"uuid": draft["uuid"], "rows": draft["rows"], "documents": draft["records"]})
             self._skipped = draft["skipped"]
+            self._replaced = dict(draft["replaced"])
             self._cursor = _Cursor(**draft["cursor"])
 
     def take(self, document: Document, stage: Stage) -> None:
@@ -157,11 +191,34 @@ class _Reader:
                 self._cursor.repeated += 1
                 self._done(index)
             return
+        if self._is_known(document):
+            self._cursor.repeated += 1
+            self._done(index)
+            return
         self._write(document, content, stage)
         self._hashes[document.id] = bytes.fromhex(content.hexdigest())[:16]
         self._done(index)
         if self._draft is not None and self._draft.n_rows == self._segment_entries:
             self._finish_draft()
+
+    def _is_known(self, document: Document) -> bool:
+        """Whether the store has a document with the same content; one with another content is noted as replaced, or refused."""
+        stored = self._known.content_of(document.id)
+        if stored is None:
+            return False
+        content = ContentHash()
+        for chunk in document.chunks:
+            content.update(chunk)
+        if content.hexdigest() == stored:
+            self._hashes[document.id] = bytes.fromhex(stored)[:16]
+            return True
+        if not self._known.replace:
+            raise ExistsError(
+                f"{document.source}: the datastore has a document {document.id!r} with other content. Use --replace to put this one in its "
+                "place, or give it another id."
+            )
+        self._replaced[document.id] = stored or None
+        return False
 
     def _done(self, index: int) -> None:
         cursor = self._cursor
@@ -266,6 +323,7 @@ class _Reader:
             "cursor": {name: getattr(cursor, name) for name in _Cursor.__slots__},
             "index": len(self._segments),
             "records": draft.n_documents,
+            "replaced": list(self._replaced.items()),
             "rows": draft.n_rows,
             "skipped": self._skipped,
             "uuid": draft.uuid,
@@ -280,7 +338,9 @@ class _Reader:
         self._finish_draft()
         fields = {
             "documents": self._cursor.documents,
+            "gone": [item for item in (self._known.all_of() if self._known.all_of else ()) if item[0] not in self._hashes],
             "repeated": self._cursor.repeated,
+            "replaced": list(self._replaced.items()),
             "segments": self._segments,
             "skipped": self._skipped,
         }

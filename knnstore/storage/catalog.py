@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from knnstore.errors import ConflictError, DamageError, FormatError, KnnstoreError, NotFoundError, StorageError
+from knnstore.errors import ConflictError, DamageError, FormatError, InvalidArgumentError, KnnstoreError, NotFoundError, StorageError
 from knnstore.format import (
     COARSE,
     CURRENT_FILE,
     FORMAT_VERSION,
     LOCK_FILE,
     MANIFESTS,
+    MOVES_FILE,
     SEGMENTS,
     SPACES,
     STAGING,
@@ -33,11 +34,13 @@ from knnstore.storage.files import disk, hold_lock, replace_file, sha256_file, w
 from knnstore.storage.manifest import FileRecord, Manifest
 from knnstore.storage.manifest_json import canonical, manifest_bytes, parse_manifest
 from knnstore.storage.parse import NOT_PLAIN, parse_hex, parse_json_bytes, parse_object, parse_size, read_small
+from knnstore.storage.tags import TAG_PREFIX, list_tags, resolve
 
 __all__ = [
     "Pin",
     "StoreFolder",
     "commit",
+    "commit_over_damage",
     "file_records",
     "list_manifests",
     "newest_sound_snapshot",
@@ -49,6 +52,8 @@ __all__ = [
 
 _CURRENT = re.compile(rb"([1-9][0-9]{0,17}) ([0-9a-f]{64})\n")
 _TRIES = 100  # a reader that loses the race against gc this often has another problem
+_SHOWN = 10  # snapshots without a tag that a message lists
+_NUMBER_MAX = 10**18 - 1  # as CURRENT and file names may have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,9 @@ class StoreFolder:
     @property
     def staging(self) -> Path:
         return self.path / STAGING
+
+    def tag(self, name: str) -> Path:
+        return self.path / TAGS / f"{name}.json"
 
     def manifest(self, number: int) -> Path:
         return self.manifests / f"{number}.json"
@@ -150,20 +158,39 @@ def read_identity(store: StoreFolder) -> str:
 def read_current(store: StoreFolder) -> tuple[int, str]:
     """Number and sha256 of the newest manifest. Raises NotFoundError where no snapshot was ever committed, DamageError."""
     if not store.current.exists():
-        manifests = list_manifests(store)
-        # A creation may be cut off between its manifest and CURRENT. Its job is there then, and continues it.
-        if manifests and not (manifests == [1] and store.staging.is_dir() and any(store.staging.iterdir())):
+        if list_manifests(store) and not _is_unfinished(store):
             raise _lost(store, f"{store.current}: the file is missing")
         raise NotFoundError(f"{store.path}: no snapshot yet; its creation was not finished. Type the same `knnstore create` again.")
-    match = _CURRENT.fullmatch(read_small(store.current, 4096))
-    if match is None:
+    current = _parse_current(read_small(store.current, 4096))
+    if current is None:
         raise _lost(store, f"{store.current}: its content is damaged")
-    return int(match[1]), match[2].decode()
+    return current
+
+
+def _parse_current(raw: bytes) -> tuple[int, str] | None:
+    match = _CURRENT.fullmatch(raw)
+    return None if match is None else (int(match[1]), match[2].decode())
+
+
+def _is_unfinished(store: StoreFolder) -> bool:
+    """Whether a store without CURRENT is of a creation that was cut off before it: there its job has moved what manifest 1 names."""
+    if list_manifests(store) != [1]:
+        return False
+    moved = b""
+    for path in store.staging.glob(f"*/{MOVES_FILE}"):
+        with contextlib.suppress(DamageError):
+            moved += read_small(path)
+    try:
+        return any(record.content.uuid.encode() in moved for record in read_manifest(store, 1).segments)
+    except KnnstoreError:
+        return bool(moved)
 
 
 def _lost(store: StoreFolder, what: str) -> DamageError:
     sound = newest_sound_snapshot(store)
-    advice = "no other snapshot verifies" if sound is None else f"snapshot {sound} verifies: open it by --at {sound}"
+    advice = "no other snapshot verifies"
+    if sound is not None:
+        advice = f"snapshot {sound} verifies: open it by --at {sound}, or go back to it by `knnstore restore {sound}`"
     return DamageError(f"{what}. Nothing was changed; {advice}.")
 
 
@@ -179,8 +206,13 @@ def list_manifests(store: StoreFolder) -> list[int]:
 
 
 def newest_sound_snapshot(store: StoreFolder) -> int | None:
-    """The highest number whose manifest is whole."""
+    """The highest number whose manifest is whole, of those that count (all, where CURRENT does not say)."""
+    current = None
+    with contextlib.suppress(DamageError):
+        current = _parse_current(read_small(store.current, 4096))
     for number in reversed(list_manifests(store)):
+        if current is not None and number > current[0]:
+            continue  # an attempt that never counted
         with contextlib.suppress(KnnstoreError):  # also NotFoundError: of a link that leads nowhere
             read_manifest(store, number)
             return number
@@ -191,8 +223,7 @@ def read_manifest(store: StoreFolder, number: int, sha256: str | None = None) ->
     """One manifest. sha256: of its bytes, where known. Raises NotFoundError, DamageError, FormatError."""
     path = store.manifest(number)
     if not path.exists():
-        kept = ", ".join(map(str, list_manifests(store))) or "none"
-        raise NotFoundError(f"{store.path}: no snapshot {number}. Kept: {kept}.")
+        raise NotFoundError(f"{store.path}: no snapshot {number}. Kept: {_kept(store)}.")
     raw = read_small(path)
     if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
         raise DamageError(f"{path}: its content does not match {CURRENT_FILE}. Run `knnstore verify`.")
@@ -202,10 +233,22 @@ def read_manifest(store: StoreFolder, number: int, sha256: str | None = None) ->
     return manifest
 
 
-def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Manifest, Pin]:
-    """A snapshot (the newest where none is named) and the pin that keeps it.
+def _kept(store: StoreFolder) -> str:
+    """The snapshots there are, with their tags, for a message: `1, 4 (tag:paper), 7`."""
+    tags: dict[int, list[str]] = {}
+    with contextlib.suppress(KnnstoreError):
+        for name, tag in list_tags(store).items():
+            tags.setdefault(tag.snapshot, []).append(f"{TAG_PREFIX}{name}")
+    numbers = list_manifests(store)
+    shown = [number for number in numbers if number in tags or number in numbers[-_SHOWN:]]
+    texts = [f"{number} ({', '.join(tags[number])})" if number in tags else str(number) for number in shown]
+    return (f"{len(numbers)}, among them " if len(shown) < len(numbers) else "") + (", ".join(texts) or "none")
 
-    Raises NotFoundError, FormatError, DamageError; never falls back to another snapshot.
+
+def open_snapshot(store: StoreFolder, snapshot: int | str | None = None) -> tuple[Manifest, Pin]:
+    """A snapshot (the newest where none is named) and the pin that keeps it. snapshot: a number, or `tag:NAME`.
+
+    Raises NotFoundError, FormatError, DamageError, InvalidArgumentError; never falls back to another snapshot.
     """
     read_identity(store)
     for _ in range(_TRIES):
@@ -214,9 +257,9 @@ def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Mani
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError) as error:
-            if sha256 is not None and read_current(store) == (number, sha256):
+            if _is_newest(store, number):
                 raise _lost(store, f"{path}: the file is missing") from error
-            if snapshot is not None:
+            if isinstance(snapshot, int):
                 read_manifest(store, snapshot)  # says which are kept
             continue
         except OSError as error:
@@ -236,17 +279,30 @@ def open_snapshot(store: StoreFolder, snapshot: int | None = None) -> tuple[Mani
     raise ConflictError(f"{store.path}: snapshots were removed as fast as they could be opened. Try again.")
 
 
-def _find_manifest(store: StoreFolder, snapshot: int | None) -> tuple[int, str | None]:
-    """Number and, where it is known, sha256 of the manifest of a snapshot. One that is named can be opened while CURRENT is damaged."""
+def _is_newest(store: StoreFolder, number: int) -> bool:
+    try:
+        return read_current(store)[0] == number
+    except DamageError:
+        return False
+
+
+def _find_manifest(store: StoreFolder, snapshot: int | str | None) -> tuple[int, str | None]:
+    """Number of a snapshot's manifest, and its sha256 where CURRENT led to it. One that is named can be opened while CURRENT is damaged."""
     if snapshot is None:
         return read_current(store)
+    if isinstance(snapshot, str):
+        if not snapshot.startswith(TAG_PREFIX):
+            raise InvalidArgumentError(f"snapshot {snapshot!r}: use a number, or {TAG_PREFIX}NAME.")
+        number = resolve(store, snapshot.removeprefix(TAG_PREFIX)).snapshot
+    else:
+        number = snapshot
     try:
-        newest, sha256 = read_current(store)
+        newest, _ = read_current(store)
     except DamageError:
-        return snapshot, None
-    if snapshot > newest:
-        raise NotFoundError(f"{store.path}: no snapshot {snapshot}; the newest is {newest}.")  # or an attempt that was cut off
-    return snapshot, sha256 if snapshot == newest else None
+        return number, None
+    if number > newest:
+        raise NotFoundError(f"{store.path}: no snapshot {number}; the newest is {newest}.")  # or an attempt that was cut off
+    return number, None  # its own `check` says whether it is whole
 
 
 def file_records(folder: Path) -> tuple[FileRecord, ...]:
@@ -272,7 +328,9 @@ def commit(
     before, or, if it failed in the last step, as after).
     """
     with hold_lock(store.lock, purpose="committing to this store", wait=True):
-        parent = read_current(store) if store.current.exists() else None
+        parent = None
+        with contextlib.suppress(NotFoundError):
+            parent = read_current(store)
         current = read_manifest(store, *parent) if parent else None  # nothing is built on a damaged one
         unknown = sorted(set(current.writer_features) - WRITER_FEATURES) if current else []
         if unknown:
@@ -284,6 +342,26 @@ def commit(
             disk.remove(store.manifest(dead))  # an attempt that was cut off before it counted
         manifest = build(number + 1, parent, current)
         _place(staged)
+        write_snapshot(store, manifest)
+    return manifest
+
+
+def commit_over_damage(
+    store: StoreFolder, build: Callable[[int, tuple[int, str] | None, Manifest | None], Manifest], parent: tuple[int, str]
+) -> Manifest:
+    """As `commit`, where CURRENT or the manifest that it names is damaged: the new snapshot becomes the newest, and nothing is removed.
+
+    parent: number and sha256 of the manifest that it continues. Its number is above that of every manifest there is, since it is not
+    known which of them counted. Raises ConflictError where another command has put the store right meanwhile, StorageError.
+    """
+    with hold_lock(store.lock, purpose="committing to this store", wait=True):
+        numbers = list_manifests(store)
+        with contextlib.suppress(DamageError, NotFoundError):
+            current = read_current(store)
+            numbers += [current[0]] if current[0] < _NUMBER_MAX else []
+            read_manifest(store, *current)
+            raise ConflictError(f"{store.path}: snapshot {current[0]} is whole; another command has restored it. Look at it, then try again.")
+        manifest = build(max(numbers) + 1, parent, None)
         write_snapshot(store, manifest)
     return manifest
 

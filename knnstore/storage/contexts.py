@@ -1,8 +1,8 @@
 """`contexts.lmdb`: the documents of a segment and their text, written once (`contexts_writer`), then read without a lock.
 
-Three databases. `documents`: first row → the document's record. `ids`: hash of the id, then first row → nothing. `text`: first
-row of a frame → where each token of the frame stands, and the text from its first token to the next frame. Rows are u64
-big-endian, so that they sort. In the main database, `first_rows` holds the first rows of all documents as one u64 array.
+Two databases. `documents`: first row → the document's record. `text`: first row of a frame → where each token of the frame stands,
+and the text from its first token to the next frame. Rows are u64 big-endian, so that they sort. In the main database,
+`first_rows` holds the first rows of all documents as one u64 array. Documents are found by id in `ids.bin` (`id_hash`).
 """
 
 import hashlib
@@ -68,9 +68,9 @@ class Span:
         return self.text[max(begin - self.base, 0) : max(end - self.base, 0)]
 
 
-def id_hash(document_id: str) -> bytes:
-    """16 bytes by which a document is found."""
-    return hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:16]
+def id_hash(document_id: str) -> int:
+    """64 bits by which a document is found: the first 8 bytes of the sha256 of its id as UTF-8, little-endian."""
+    return int.from_bytes(hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
 def row_key(row: int) -> bytes:
@@ -84,7 +84,7 @@ class _SharedEnvironment:
 
     key: tuple[int, str]
     environment: Any
-    databases: tuple[Any, Any, Any]
+    databases: tuple[Any, Any]
     n_users: int
 
 
@@ -98,11 +98,11 @@ def _borrow(path: Path) -> _SharedEnvironment:
     with _shared_lock:
         if key not in _shared:
             try:
-                environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_dbs=3, create=False)
-                documents, ids, text = (environment.open_db(name, create=False) for name in (b"documents", b"ids", b"text"))
+                environment = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False, max_dbs=2, create=False)
+                documents, text = (environment.open_db(name, create=False) for name in (b"documents", b"text"))
             except lmdb.Error as error:
                 raise DamageError(f"{path}: LMDB cannot open it: {error}. Run `knnstore verify`.") from error
-            _shared[key] = _SharedEnvironment(key, environment, (documents, ids, text), 0)
+            _shared[key] = _SharedEnvironment(key, environment, (documents, text), 0)
         _shared[key].n_users += 1
         return _shared[key]
 
@@ -133,7 +133,7 @@ class ContextsReader:
         self._shared = _borrow(path)
         self._release = weakref.finalize(self, _give_back, self._shared)
         self._env = self._shared.environment
-        self._documents, self._ids, self._text = self._shared.databases
+        self._documents, self._text = self._shared.databases
         self.first_rows = self._read_first_rows()
 
     def _read_first_rows(self) -> NDArray[np.int64]:
@@ -169,23 +169,21 @@ class ContextsReader:
             for key, packed in cursor:
                 yield _parse_document(self._decompress(packed, DOCUMENT_RECORD_MAX), _ROW.unpack(bytes(key))[0], str(self.path))
 
-    def id_keys(self) -> Iterator[bytes]:
-        """The keys of the index of ids, ascending: `id_hash` and `row_key` of each document."""
-        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._ids) as cursor:
-            for key in cursor.iternext(keys=True, values=False):
-                yield bytes(key)
+    def packed_record(self, first_row: int) -> bytes:
+        """The record of the document that begins at first_row, as it lies there."""
+        with self._env.begin() as transaction:
+            packed = transaction.get(_ROW.pack(first_row), db=self._documents)
+        if packed is None:
+            raise DamageError(f"{self.path}: no document begins at row {first_row}. Run `knnstore verify`.")
+        return bytes(packed)
 
-    def find(self, document_id: str) -> list[DocumentRecord]:
-        """The records with this id (several where domains or parts share it), in row order."""
-        prefix = id_hash(document_id)
-        rows = []
-        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._ids) as cursor:
-            found = cursor.set_range(prefix)
-            while found and bytes(cursor.key()[:16]) == prefix:
-                rows.append(_ROW.unpack(bytes(cursor.key()[16:24]))[0])
+    def packed_frames(self, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        """First row and bytes, as they lie there, of each text frame that begins in the rows [first, stop)."""
+        with self._env.begin() as transaction, transaction.cursor(db=self._text) as cursor:
+            found = cursor.set_range(_ROW.pack(first))
+            while found and (row := _ROW.unpack(cursor.key())[0]) < stop:
+                yield row, cursor.value()
                 found = cursor.next()
-        records = (self.document_at(row) for row in rows)
-        return [record for record in records if record.id == document_id]
 
     def span(self, first: int, stop: int) -> Span | None:
         """Text and character offsets of the rows [first, stop) of one document; None where the segment has no text."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from knnstore.errors import InvalidArgumentError, StorageError
 from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX, TEXT_FRAME_PACKED, TEXT_FRAME_RAW
-from knnstore.storage.contexts import FRAME, WIDTHS, DocumentRecord, id_hash, row_key
+from knnstore.storage.contexts import FRAME, WIDTHS, ContextsReader, DocumentRecord, id_hash, row_key
 from knnstore.storage.files import adopt
 from knnstore.storage.manifest_json import canonical
 
@@ -35,16 +35,16 @@ class ContextsWriter:
         self._map_size = _MAP_STEP
         try:
             self._env = lmdb.open(
-                str(path), subdir=False, map_size=self._map_size, max_dbs=3, lock=False, sync=False, metasync=False, writemap=False
+                str(path), subdir=False, map_size=self._map_size, max_dbs=2, lock=False, sync=False, metasync=False, writemap=False
             )
-            self._documents, self._ids, self._text = (self._env.open_db(name) for name in (b"documents", b"ids", b"text"))
+            self._documents, self._text = (self._env.open_db(name) for name in (b"documents", b"text"))
         except lmdb.Error as error:
             raise StorageError(f"{path}: cannot create: {error}. Check the path and its permissions.") from error
         self._pending: list[tuple[Any, bytes, bytes]] = []
         self._pending_bytes = 0
         self._first_rows: list[int] = []
         self._zstd = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True, write_content_size=True)
-        self._hashes: list[bytes] = []
+        self._hashes: list[int] = []
         self._ratio = 0.5  # packed size over raw size so far: the first guess for the next frame
         self._frame = _OpenFrame()
 
@@ -89,13 +89,26 @@ class ContextsWriter:
             raise InvalidArgumentError(f"document {record.id!r}: metadata of {len(raw)} bytes; {DOCUMENT_RECORD_MAX} are the most.")
         key = row_key(record.first_row)
         self._put(self._documents, key, self._zstd.compress(raw))
-        self._hashes.append(id_hash(record.id) + key)
-        self._first_rows.append(record.first_row)
+        self._note(record.id, record.first_row)
+
+    def copy_document(self, reader: ContextsReader, first_row: int, n_entries: int, document_id: str, to_row: int) -> None:
+        """A document of another file, with its text, as it lies there: neither a record nor a frame holds a row."""
+        self._put(self._documents, row_key(to_row), reader.packed_record(first_row))
+        for row, frame in reader.packed_frames(first_row, first_row + n_entries):
+            self._put(self._text, row_key(to_row + row - first_row), frame)
+        self._note(document_id, to_row)
+
+    def _note(self, document_id: str, first_row: int) -> None:
+        self._hashes.append(id_hash(document_id))
+        self._first_rows.append(first_row)
+
+    def id_table(self) -> NDArray[np.uint64]:
+        """Hash of the id and first row of each document so far, (m, 2), sorted: the rows of `ids.bin`."""
+        table = np.stack((np.array(self._hashes, np.uint64), np.array(self._first_rows, np.uint64)), axis=1)
+        return table[np.argsort(table[:, 0], kind="stable")]  # first rows rise already
 
     def finish(self) -> None:
         """Writes what is left, closes, and makes the file durable. The file has no lock file and no free pages to speak of."""
-        for key in sorted(self._hashes):
-            self._put(self._ids, key, b"\0")
         self._put(None, b"first_rows", np.array(self._first_rows, "<u8").tobytes())
         self._flush()
         self._env.close()

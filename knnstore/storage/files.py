@@ -3,6 +3,7 @@
 A failed fsync is final: it is raised, never retried (the kernel may have dropped the data it could not write).
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -18,9 +19,11 @@ import numpy as np
 
 from knnstore.errors import LockedError, StorageError
 
-__all__ = ["ArrayFile", "Disk", "FileWriter", "adopt", "disk", "hold_lock", "replace_file", "sha256_file", "write_file"]
+__all__ = ["ArrayFile", "Disk", "FileWriter", "adopt", "disk", "hold_lock", "replace_file", "sha256_file", "unless_held", "write_file"]
 
 _CHUNK = 1 << 22  # bytes read or written at a time
+_COPIED = 1 << 30  # bytes the kernel copies at a time
+_FICLONE = 0x40049409  # Linux: let two files share blocks until one is written to
 
 
 @contextmanager
@@ -80,6 +83,20 @@ class Disk:
         with _named(target, "link"):
             os.link(source, target)
 
+    def copy(self, source: Path, target: Path) -> None:
+        """A new file with the content of another: sharing its blocks where the file system can, else copied by the kernel."""
+        with _named(target, "copy"), source.open("rb", buffering=0) as taken, target.open("xb", buffering=0) as made:
+            if sys.platform == "linux":
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(made.fileno(), _FICLONE, taken.fileno())
+                    return
+            left, offset = os.fstat(taken.fileno()).st_size, 0
+            while left:
+                n = os.sendfile(made.fileno(), taken.fileno(), offset, min(left, _COPIED))
+                if not n:
+                    raise StorageError(f"{source}: it became shorter while it was copied. Try again.")
+                left, offset = left - n, offset + n
+
     def remove(self, path: Path) -> None:
         with _named(path, "remove"):
             path.unlink(missing_ok=True)
@@ -98,13 +115,19 @@ class Disk:
             os.close(fd)
 
     def remove_tree(self, path: Path) -> None:
-        """Removes a folder and all in it; nothing if it is not there."""
+        """Removes a folder and all in it; nothing if it is not there, or another process removes it meanwhile."""
         if path.is_symlink() or not path.is_dir():
             self.remove(path)
             return
-        for child in sorted(path.iterdir()):
-            self.remove_tree(child)
-        self.remove_folder(path)
+        try:
+            with _named(path, "remove"):
+                children = sorted(path.iterdir())
+            for child in children:
+                self.remove_tree(child)
+            self.remove_folder(path)
+        except StorageError:
+            if os.path.lexists(path):
+                raise
 
 
 disk = Disk()
@@ -236,17 +259,53 @@ def hold_lock(path: Path, *, purpose: str, wait: bool) -> Iterator[None]:
 
     Raises LockedError, naming that process, where another holds it and wait is False.
     """
-    fd = disk.open(path, os.O_RDWR | os.O_CREAT)
+    fd = _locked(path, purpose, wait)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise LockedError(f"{path}: process {holder} is {purpose}. Wait until it ends, or stop it.") from error
-        except OSError as error:
-            raise StorageError(f"{path}: this file system refuses locks: {error.strerror}. Use a local disk.") from error
-        disk.truncate(fd, 0, path)
-        disk.pwrite(fd, memoryview(f"{os.getpid()}\n".encode()), 0, path)
+        holder = f"{os.getpid()}\n".encode()
+        disk.pwrite(fd, memoryview(holder), 0, path)  # first: over what is there it needs no space, which a full disk does not have
+        disk.truncate(fd, len(holder), path)
         yield
     finally:
         os.close(fd)
+
+
+@contextmanager
+def unless_held(path: Path) -> Iterator[bool]:
+    """Gives whether nobody holds a lock of a file; if so, nobody can take one before the end. The file is not written to or made."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            raise StorageError(f"{path}: cannot read: {error.strerror}. Check the path and its permissions.") from error
+        yield True  # not there, or no plain file: nobody can hold it
+        return
+    try:
+        free = True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        yield free
+    finally:
+        os.close(fd)
+
+
+def _locked(path: Path, purpose: str, wait: bool) -> int:
+    """A descriptor of the file of this name, locked: of one that was removed or moved between opening and locking it is opened again."""
+    while True:
+        fd = disk.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(fd, 32, 0).decode("ascii", "replace").partition("\n")[0] or "unknown"
+                raise LockedError(f"{path}: process {holder} is {purpose}. Wait until it ends, or stop it.") from error
+            except OSError as error:
+                raise StorageError(f"{path}: this file system refuses locks: {error.strerror}. Use a local disk.") from error
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):
+                    locked, fd = fd, -1
+                    return locked
+        finally:
+            if fd >= 0:
+                os.close(fd)

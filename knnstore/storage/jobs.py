@@ -2,21 +2,22 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from knnstore.errors import DamageError, InvalidArgumentError
+from knnstore.errors import ConflictError, DamageError, ExistsError, InvalidArgumentError, LockedError, StorageError
+from knnstore.format import MOVES_FILE
 from knnstore.storage.catalog import StoreFolder
-from knnstore.storage.files import disk, hold_lock, replace_file
+from knnstore.storage.files import disk, hold_lock, replace_file, unless_held
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 
-__all__ = ["JOB_FILE", "MOVES_FILE", "job_name", "other_jobs", "run_job"]
+__all__ = ["JOB_FILE", "MOVES_FILE", "is_held", "job_name", "moved_by", "other_jobs", "remove_abandoned", "remove_job", "run_job"]
 
 JOB_FILE = "job.json"
-MOVES_FILE = "moves.json"  # what a commit takes out of the job, written before it does
 _LOCK = "lock"
+_DOOMED = ".tmp"  # at the end of a job's name: it is being removed
 
 
 def job_name(arguments: Mapping[str, Any]) -> str:
@@ -28,7 +29,7 @@ def other_jobs(store: StoreFolder, name: str) -> list[tuple[str, dict[str, Any]]
     """Names and arguments of the unfinished jobs of a store other than this one. Folders that never got arguments are not counted."""
     jobs = []
     for folder in sorted(store.staging.iterdir()) if store.staging.is_dir() else []:
-        if folder.name != name and (folder / JOB_FILE).is_file():
+        if folder.name != name and folder.suffix != _DOOMED and (folder / JOB_FILE).is_file():
             try:
                 jobs.append((folder.name, parse_json(folder / JOB_FILE)))
             except DamageError:
@@ -40,18 +41,76 @@ def other_jobs(store: StoreFolder, name: str) -> list[tuple[str, dict[str, Any]]
 def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iterator[Path]:
     """The job's folder, locked while in use. It stays after an error, to be continued, and is removed after success.
 
-    After an InvalidArgumentError it is removed too: the same arguments and inputs would fail again, and others are another job.
+    After an InvalidArgumentError, ExistsError or ConflictError it is removed too: the same arguments and inputs would fail again, and
+    others are another job.
     Raises LockedError where another process is at the same job.
     """
     folder = store.staging / name
-    disk.make_folder(folder)
-    disk.sync_folder(store.staging)
-    with hold_lock(folder / _LOCK, purpose="at the same job", wait=False):
+    with _locked_job(folder):
         if not (folder / JOB_FILE).exists():
             replace_file(folder / JOB_FILE, canonical(dict(arguments)))
         try:
             yield folder
-        except InvalidArgumentError:
-            disk.remove_tree(folder)
+        except (InvalidArgumentError, ExistsError, ConflictError):
+            _take_away(folder)
             raise
-        disk.remove_tree(folder)
+        _take_away(folder)
+
+
+@contextmanager
+def _locked_job(folder: Path) -> Iterator[None]:
+    """Makes a job's folder and holds its lock; again where a gc removed the folder between the two."""
+    with ExitStack() as stack:
+        while True:
+            disk.make_folder(folder)
+            disk.sync_folder(folder.parent)
+            try:
+                stack.enter_context(hold_lock(folder / _LOCK, purpose="at the same job", wait=False))
+                break
+            except (LockedError, StorageError):
+                if folder.exists():
+                    raise
+        yield
+
+
+def _take_away(folder: Path) -> None:
+    """Removes a job whose lock is held: whole, or not at all, since half of one could not be continued."""
+    doomed = folder.with_name(f"{folder.name}{_DOOMED}")
+    disk.remove_tree(doomed)  # left by a kill
+    disk.rename(folder, doomed)
+    disk.sync_folder(folder.parent)
+    disk.remove_tree(doomed)
+
+
+def remove_job(folder: Path) -> bool:
+    """Removes a job that no process is at; gives False where one is."""
+    try:
+        with hold_lock(folder / _LOCK, purpose="at this job", wait=False):
+            _take_away(folder)
+    except LockedError:
+        return False
+    except StorageError:
+        if folder.exists():
+            raise
+    return True
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process is at a job."""
+    with unless_held(folder / _LOCK) as free:
+        return not free
+
+
+def moved_by(store: StoreFolder, folder: Path) -> set[Path]:
+    """Where the commit of a job that is not finished may have put what was staged."""
+    try:
+        return {store.path / target for _, target in parse_json(folder / MOVES_FILE)}
+    except (DamageError, TypeError, ValueError):  # not there, or not what was written
+        return set()
+
+
+def remove_abandoned(store: StoreFolder, command: str) -> None:
+    """Removes the jobs of a command that cannot be continued and that no process is at any more."""
+    for name, arguments in other_jobs(store, ""):
+        if arguments.get("command") == command:
+            remove_job(store.staging / name)

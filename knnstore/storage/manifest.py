@@ -176,8 +176,8 @@ class Calibration:
 class Manifest:
     """One snapshot.
 
-    tokens: the rule by which text became tokens, None where entries came from elsewhere. index: how keys become codes in what is
-    added. documents: how many each domain has.
+    tokens, windows: the rules by which text became tokens and windows, None where entries came from elsewhere. index: how keys
+    become codes in what is added. documents: how many each domain has.
     k, nprobe: of a search that does not say. reader_features, writer_features: what must be understood to read it, to build on it.
     """
 
@@ -189,6 +189,7 @@ class Manifest:
     checkpoint: Checkpoint
     key: KeyLayer
     tokens: dict[str, Any] | None
+    windows: WindowRule | None
     index: IndexOptions
     spaces: tuple[SpaceRecord, ...]
     coarse: tuple[CoarseRecord, ...]

@@ -104,6 +104,7 @@ def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
         "time": manifest.time,
         "tokens": manifest.tokens,
         "uuid": manifest.uuid,
+        "windows": None if manifest.windows is None else _plain(manifest.windows),
     }
     if manifest.calibration is not None:
         calibration = _plain(manifest.calibration)
@@ -121,7 +122,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
         raise FormatError(f"{at}: format {fields['format']}; this knnstore reads up to {FORMAT_VERSION}. Install a newer one.")
     names = (
         "calibration", "check", "checkpoint", "coarse", "defaults", "documents", "features", "format", "index", "key",
-        "operation", "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid",
+        "operation", "parent", "segments", "snapshot", "spaces", "time", "tokens", "uuid", "windows",
     )  # fmt: skip
     fields = parse_object(fields, at, required=names)
     if parse_size(fields["format"], f"{at}.format") != FORMAT_VERSION:
@@ -144,6 +145,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
         checkpoint=_parse_checkpoint(fields["checkpoint"], f"{at}.checkpoint"),
         key=_parse_key(fields["key"], f"{at}.key"),
         tokens=None if fields["tokens"] is None else parse_mapping(fields["tokens"], f"{at}.tokens"),
+        windows=_parse_windows(fields["windows"], f"{at}.windows"),
         index=_parse_index(fields["index"], f"{at}.index"),
         spaces=tuple(_parse_space(raw, f"{at}.spaces[{i}]") for i, raw in enumerate(parse_list(fields["spaces"], f"{at}.spaces"))),
         coarse=tuple(_parse_coarse(raw, f"{at}.coarse[{i}]") for i, raw in enumerate(parse_list(fields["coarse"], f"{at}.coarse"))),
@@ -259,11 +261,6 @@ def parse_segment_content(raw: object, at: str) -> SegmentContent:
         "coarse", "distortion", "documents", "dtype", "entries", "files", "keys", "nlist", "space", "text", "uuid", "values", "windows",
     )  # fmt: skip
     fields = parse_object(raw, at, required=names)
-    windows = None
-    if fields["windows"] is not None:
-        rule = parse_object(fields["windows"], f"{at}.windows", required=("context", "stride"))
-        context, stride = (parse_size(rule[name], f"{at}.windows.{name}") for name in ("context", "stride"))
-        windows = WindowRule(context=context, stride=stride)
     return SegmentContent(
         uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
         space=parse_hex(fields["space"], f"{at}.space", 32),
@@ -275,10 +272,18 @@ def parse_segment_content(raw: object, at: str) -> SegmentContent:
         keys=None if fields["keys"] is None else parse_word(fields["keys"], f"{at}.keys", KEY_TYPES),
         text=parse_flag(fields["text"], f"{at}.text"),
         dtype=None if fields["dtype"] is None else parse_text(fields["dtype"], f"{at}.dtype"),
-        windows=windows,
+        windows=_parse_windows(fields["windows"], f"{at}.windows"),
         distortion=parse_number(fields["distortion"], f"{at}.distortion"),
         files=_parse_files(fields["files"], f"{at}.files"),
     )
+
+
+def _parse_windows(raw: object, at: str) -> WindowRule | None:
+    if raw is None:
+        return None
+    rule = parse_object(raw, at, required=("context", "stride"))
+    context, stride = (parse_size(rule[name], f"{at}.{name}") for name in ("context", "stride"))
+    return WindowRule(context=context, stride=stride)
 
 
 def _parse_segment(raw: object, at: str) -> SegmentRecord:

@@ -11,18 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import DamageError, InvalidArgumentError
-from knnstore.format import CONTEXTS_FILE, KEYS_FILE, LISTS_FILE, SEGMENT_FILE, VALUES_FILE, Codec, Kind
+from knnstore.format import CONTEXTS_FILE, IDS_FILE, KEYS_FILE, LISTS_FILE, SEGMENT_FILE, VALUES_FILE, Codec, Kind
 from knnstore.storage.arrays import MappedArray, map_file, to_float32
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.coarse import Coarse, load_coarse
-from knnstore.storage.contexts import ContextsReader
+from knnstore.storage.contexts import ContextsReader, DocumentRecord, id_hash
 from knnstore.storage.lists import MappedLists
 from knnstore.storage.manifest import Manifest, SegmentContent, SegmentRecord
 from knnstore.storage.manifest_json import parse_segment_content
 from knnstore.storage.parse import parse_json_bytes, read_small
 from knnstore.storage.space import Space, load_space
 
-__all__ = ["Segment", "open_segments", "read_segment_content"]
+__all__ = ["Segment", "open_index", "open_segments", "read_segment_content"]
 
 
 def read_segment_content(folder: Path) -> tuple[SegmentContent, str]:
@@ -72,6 +72,21 @@ class Segment:
         path = self.folder / KEYS_FILE
         return MappedArray(path, kind=Kind.KEYS, owner=self._owner, n_rows=self.content.entries, size=self.content.size_of(KEYS_FILE))
 
+    @cached_property
+    def ids(self) -> MappedArray:
+        """Hash of the id and first row of each document (or part), (m, 2) u64, sorted."""
+        content = self.content
+        size = content.size_of(IDS_FILE)
+        return MappedArray(self.folder / IDS_FILE, kind=Kind.IDS, owner=self._owner, n_rows=content.documents, size=size)
+
+    def find(self, document_id: str) -> list[DocumentRecord]:
+        """The records with this id (several where domains or parts share it), in row order, dead ones too."""
+        table = self.ids.rows(0, len(self.ids))
+        wanted = np.uint64(id_hash(document_id))
+        first, stop = (int(np.searchsorted(table[:, 0], wanted, side=side)) for side in ("left", "right"))
+        records = [self.contexts.document_at(row) for row in table[first:stop, 1].tolist()]
+        return [record for record in records if record.id == document_id]
+
     def check_exact(self) -> None:
         """Raises InvalidArgumentError unless exact search can be done."""
         if self.space.codec is not Codec.RAW and self.content.keys is None:
@@ -106,14 +121,17 @@ class Segment:
             self._contexts = None
 
 
-def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
-    """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
+def open_index(store: StoreFolder, manifest: Manifest) -> tuple[dict[str, Space], dict[str, Coarse]]:
+    """The spaces and coarse quantizers of a snapshot by their ids, loaded."""
     spaces = {record.id: load_space(store.space(record.id), record.id, record.files) for record in manifest.spaces}
     dim = manifest.key.dim
-    coarse: dict[str | None, Coarse] = {
-        record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse
-    }
+    return spaces, {record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse}
+
+
+def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
+    """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
+    spaces, coarse = open_index(store, manifest)
     return tuple(
-        Segment(store.segment(record.content.uuid), record, spaces[record.content.space], coarse.get(record.content.coarse))
+        Segment(store.segment(record.content.uuid), record, spaces[record.content.space], coarse.get(record.content.coarse or ""))
         for record in manifest.segments
     )

@@ -18,6 +18,7 @@ from knnstore.format import (
     CONTEXTS_FILE,
     DIRECTORY_FILE,
     HEADER_SIZE,
+    IDS_FILE,
     KEYS_FILE,
     LISTS_FILE,
     MAX_VOCABULARY,
@@ -32,7 +33,7 @@ from knnstore.format import (
 )
 from knnstore.storage.arrays import MappedArray, checksums, map_file, to_bfloat16
 from knnstore.storage.coarse import Coarse
-from knnstore.storage.contexts import DocumentRecord
+from knnstore.storage.contexts import ContextsReader, DocumentRecord
 from knnstore.storage.contexts_writer import ContextsWriter
 from knnstore.storage.files import ArrayFile, FileWriter, disk, replace_file, sha256_file
 from knnstore.storage.lists import write_lists
@@ -50,7 +51,7 @@ _JOURNAL = "journal"
 
 
 class DocumentsWriter:
-    """Phase 1: values.bin and contexts.lmdb, in row order."""
+    """Phase 1: values.bin, contexts.lmdb and ids.bin, in row order."""
 
     def __init__(self, folder: Path, *, uuid: str, vocab_size: int) -> None:
         """Begins anew in the folder. Raises InvalidArgumentError where the vocabulary does not fit a label."""
@@ -93,24 +94,32 @@ class DocumentsWriter:
         self._first_row = self.n_rows
         self.n_documents += 1
 
+    def copy_document(self, values: NDArray[Any], reader: ContextsReader, record: DocumentRecord, *, text: bool) -> None:
+        """A document (or part) of another segment, as it is there: its values (n,), and its record and text from the reader."""
+        self._values.write(np.ascontiguousarray(values, dtype=NUMPY_TYPES[self._dtype]))
+        self._contexts.copy_document(reader, record.first_row, record.n_entries, record.id, self.n_rows)
+        self.n_rows += len(values)
+        self._first_row = self.n_rows
+        self.n_documents += 1
+        self.text = self.text or text
+
     def finish(self) -> None:
-        """Makes both files durable."""
-        end = self._values.position
-        self._values.pad_to(aligned(end))
-        body = map_file(self._values.path)[HEADER_SIZE:end]
-        checks = checksums(body)
-        self._values.write(checks)
-        header = Header(
-            kind=Kind.VALUES,
-            dtype=self._dtype,
-            rows=self.n_rows,
-            columns=1,
-            owner=bytes.fromhex(self.uuid),
-            check=xxhash.xxh3_64_intdigest(checks),
-        )
-        self._values.finish(header.pack())
+        """Makes the files durable."""
+        self._finish_array(self._values, self._dtype, self.n_rows, 1, Kind.VALUES)
+        table = self._contexts.id_table()
+        with FileWriter(self.folder / IDS_FILE, header_size=HEADER_SIZE) as ids:
+            ids.write(np.ascontiguousarray(table, "<u8"))
+            self._finish_array(ids, DType.U64, len(table), 2, Kind.IDS)
         self._contexts.finish()
         disk.sync_folder(self.folder)
+
+    def _finish_array(self, writer: FileWriter, dtype: DType, rows: int, columns: int, kind: Kind) -> None:
+        end = writer.position
+        writer.pad_to(aligned(end))
+        checks = checksums(map_file(writer.path)[HEADER_SIZE:end])
+        writer.write(checks)
+        owner, check = bytes.fromhex(self.uuid), xxhash.xxh3_64_intdigest(checks)
+        writer.finish(Header(kind=kind, dtype=dtype, rows=rows, columns=columns, owner=owner, check=check).pack())
 
     def close(self) -> None:
         """Gives up what is not finished."""
@@ -265,7 +274,7 @@ def finish_segment(
     codes = written_codes(folder, space=space, n_rows=n_rows)
     lists = None if coarse is None else _mapped(folder / _LISTS, np.dtype("<u4"))
     write_lists(folder, space=space, owner=owner, codes=codes, lists=lists, nlist=nlist, values=values)
-    names = [LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FILE]
+    names = [LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FILE, IDS_FILE]
     if keys is not None:
         _finish_keys(folder / KEYS_FILE, _KEY_TYPES[keys], n_rows, space.dim, owner)
         names.append(KEYS_FILE)

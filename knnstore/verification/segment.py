@@ -15,6 +15,7 @@ from knnstore.format import (
     CONTEXTS_FILE,
     DIRECTORY_FILE,
     HEADER_SIZE,
+    IDS_FILE,
     KEYS_FILE,
     LISTS_FILE,
     MANIFEST_MAX,
@@ -85,7 +86,13 @@ class SegmentCheck:
         self._check_lists(self._check_directory(), values)
         del values
         self._check_keys()
-        return self._check_contexts()
+        ids = self._check_ids()
+        documents = self._check_contexts()
+        if documents is not None and ids is not None:
+            with self._findings.of(self._folder / IDS_FILE):
+                if not np.array_equal(ids, documents.id_table()):
+                    raise FindingError("content", "it does not lead to the documents in contexts.lmdb")
+        return documents
 
     def _record(self, name: str) -> FileRecord:
         record = self._records.get(name)
@@ -107,13 +114,21 @@ class SegmentCheck:
                 raise FindingError("content", "it does not say of the segment what the manifest says")
 
     def _check_blocked(
-        self, name: str, *, kind: Kind, dtype: DType, columns: int, take: Callable[[int, memoryview], None] | None = None
+        self,
+        name: str,
+        *,
+        kind: Kind,
+        dtype: DType,
+        columns: int,
+        n_rows: int | None = None,
+        take: Callable[[int, memoryview], None] | None = None,
     ) -> bool:
-        """A long array: header, rows, zeros, a checksum for each block of rows. take: given the place and bytes of each piece.
+        """A long array: header, rows, zeros, a checksum for each block of rows. n_rows: None for one an entry. take: given the place and
+        bytes of each piece.
 
         Returns whether all of it is sound (at level quick: header and checksums).
         """
-        path, n_rows = self._folder / name, self._content.entries
+        path, n_rows = self._folder / name, self._content.entries if n_rows is None else n_rows
         row_bytes = columns * NUMPY_TYPES[dtype].itemsize
         body, checks = n_rows * row_bytes, 8 * -(-n_rows * row_bytes // VALUES_BLOCK)
         with self._findings.of(path) as outcome:
@@ -177,6 +192,15 @@ class SegmentCheck:
             if beyond:
                 raise FindingError("content", f"{beyond} token ids are not below the vocabulary's {self._expected.vocab_size}")
         return values
+
+    def _check_ids(self) -> NDArray[np.uint64] | None:
+        """The table of `ids.bin`, (m, 2) u64, where it is sound and was read."""
+        pieces: list[bytes] = []
+        n_rows = self._content.documents
+        sound = self._check_blocked(
+            IDS_FILE, kind=Kind.IDS, dtype=DType.U64, columns=2, n_rows=n_rows, take=lambda _, piece: pieces.append(bytes(piece))
+        )
+        return np.frombuffer(b"".join(pieces), "<u8").reshape(-1, 2) if sound and self._full else None
 
     def _check_keys(self) -> None:
         if self._content.keys is not None:
