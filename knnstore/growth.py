@@ -42,7 +42,8 @@ class Ground:
     @classmethod
     def of(cls, store: StoreFolder, manifest: Manifest) -> "Ground":
         """The ground of one snapshot."""
-        return cls(manifest, open_segments(store, manifest), *open_index(store, manifest))
+        spaces, coarse = open_index(store, manifest)
+        return cls(manifest, open_segments(store, manifest, (spaces, coarse)), spaces, coarse)
 
     def close(self) -> None:
         """Gives its files free."""

@@ -28,6 +28,7 @@ Keys = NDArray[np.float32]
 Index = tuple[Space, Coarse | None]
 
 SPOOL_FILE = "keys.spool"
+SPOOL_MEMORY = 1 << 24  # bytes of keys that wait in memory; beyond, they go to the disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,6 +140,42 @@ class _OpenDocument:
         return fields
 
 
+class _Spool:
+    """Keys in the order they came, until they can be encoded: in memory while they are few, then in a file."""
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self._path, self._dim = path, dim
+        self._held: list[Keys] = []
+        self._n_held = self._n_written = 0
+        self._file: ArrayFile | None = None
+
+    def put(self, keys: Keys) -> None:
+        """The next keys, (n, dim) float32."""
+        self._held.append(np.array(keys, dtype="<f4"))
+        self._n_held += len(keys)
+        if self._n_held * self._dim * 4 > SPOOL_MEMORY:
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is None:
+            self._file = ArrayFile(self._path, row_bytes=4 * self._dim)
+        for keys in self._held:
+            self._file.put(self._n_written, keys)
+            self._n_written += len(keys)
+        self._held, self._n_held = [], 0
+
+    def keys(self) -> Keys:
+        """All keys, (n, dim) float32; mapped where they are in the file."""
+        if self._file is None:
+            return np.concatenate(self._held) if self._held else np.zeros((0, self._dim), np.float32)
+        self._write()
+        return map_file(self._path).view("<f4").reshape(-1, self._dim)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 class Intake:
     """Takes batches of entries: documents go to segments at once, keys to a spool (or to codes, where there is an index already)."""
 
@@ -159,7 +196,7 @@ class Intake:
         self._known, self._replace = known, replace
         self.removes: list[DocumentKey] = []
         self.repeated = 0
-        self._spool = ArrayFile(job / SPOOL_FILE, row_bytes=4 * dim)
+        self._spool = _Spool(job / SPOOL_FILE, dim)
         self._drafts: list[_Draft] = []
         self._document: _OpenDocument | None = None
         self._seen: set[tuple[str, str]] = set()
@@ -212,7 +249,7 @@ class Intake:
 
     def _put_keys(self, draft: _Draft, keys: Keys) -> None:
         if draft.codes is None or self._trained is None:
-            self._spool.put(self.n_entries, keys)
+            self._spool.put(keys)
         else:
             for at in range(0, len(keys), ENCODE_ROWS):
                 encode_runs(draft.codes, [draft.documents.n_rows + at], [keys[at : at + ENCODE_ROWS]], *self._trained)
@@ -274,11 +311,10 @@ class Intake:
         """No more batches."""
         self._end_document()
         self._end_draft()
-        self._spool.close()
 
     def encode_spool(self, choose: Callable[[Keys, int], Index], progress: Progress) -> Index:
         """Encodes all spooled keys. choose: (a sample of them, how many there are) → space and coarse quantizer."""
-        keys = map_file(self._job / SPOOL_FILE).view("<f4").reshape(-1, self._dim)
+        keys = self._spool.keys()
         space, coarse = choose(keys[sample_rows(self.n_entries, self._dim, self._options.seed)], self.n_entries)
         with progress.stage("encoding", total=self.n_entries, unit="entries") as stage:
             for draft in self._drafts:

@@ -12,7 +12,7 @@ import knnstore
 from knnstore import build
 from knnstore.errors import ExistsError, NotFoundError
 from knnstore.lm import calibrate, embed
-from knnstore.lm import create as create_module
+from knnstore.lm import building
 from knnstore.lm.create import create
 from knnstore.lm.models import LanguageModel, load_language_model
 from knnstore.storage.files import Disk, disk
@@ -26,8 +26,9 @@ SMALL = (
     (calibrate, "HELD_OUT_TOKENS", 256),
     (build, "SAMPLE_MIN", 400),  # keys of the sample
     (embed, "TOKENS_PER_BATCH", {"cpu": 128}),
-    (create_module, "SAVE_SECONDS", -1.0),  # after each batch
-    (create_module, "SAMPLE_WINDOWS", 4),
+    (building, "SAVE_SECONDS", -1.0),  # after each batch
+    (building, "SAMPLE_MEMORY", 0),
+    (building, "SAMPLE_WINDOWS", 4),
 )
 
 

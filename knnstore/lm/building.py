@@ -33,6 +33,7 @@ __all__ = ["Building", "dtype_name", "fingerprint", "short_list"]
 
 SAMPLE_WINDOWS = 64  # windows of the sample that are encoded at a time
 SAVE_SECONDS = 20.0  # of work that a kill may cost while keys are computed
+SAMPLE_MEMORY = 1 << 24  # bytes of a sample's keys that wait in memory; beyond, they are spilled, and a kill does not lose them
 
 
 def short_list(names: list[str]) -> list[str]:
@@ -86,6 +87,7 @@ class Building:
     rule: WindowRule
     options: IndexOptions
     progress: Progress
+    held: NDArray[np.float32] | None = None  # keys of a small sample
 
     def read(self, inputs: CorpusInputs, known: Known | None = None) -> Reading:
         """Documents to tokens. Raises CorpusError where a file changed meanwhile, or nothing came of it."""
@@ -152,7 +154,17 @@ class Building:
         return _Sample(windows, starts, n)
 
     def _sampled_keys(self, tokens: Sequence[SegmentTokens], sample: _Sample, dim: int) -> NDArray[np.float32]:
-        """Keys of the sample, (n, dim) float32, mapped; they are spilled to the job's folder and not computed again."""
+        """Keys of the sample, (n, dim) float32. Many are spilled to the job, mapped, and not computed again after a kill."""
+        if sample.n * dim * 4 <= SAMPLE_MEMORY:
+            self.held = np.empty((sample.n, dim), np.float32)
+            with self.progress.stage("embedding a sample", total=sample.n, unit="tokens") as stage:
+                for of_segment, windows, starts in zip(tokens, sample.windows, sample.starts, strict=True):
+                    place_of = dict(zip(windows.tolist(), starts.tolist(), strict=True))
+                    for batch in self.embedder.batches(of_segment, windows):
+                        for window, keys in zip(batch, self.embedder.keys(of_segment, batch), strict=True):
+                            self.held[place_of[int(window)] : place_of[int(window)] + len(keys)] = keys
+                            stage.advance(len(keys))
+            return self.held
         folder = self.job / "sample"
         disk.make_folder(folder)
         with (
@@ -169,12 +181,20 @@ class Building:
         space = raw_space(dim)
         return space.decode(written_codes(self.job / "sample", space=space, n_rows=sample.n))
 
+    def _known_keys(self, sample: _Sample, dim: int) -> tuple[_Sample, NDArray[np.float32]]:
+        """The sample's keys for encoding; an empty sample where they were in the memory of a process that was killed."""
+        if self.held is not None:
+            return sample, self.held
+        if (self.job / "sample").exists():
+            return sample, self._spilled(sample, dim)
+        none = [np.zeros(0, np.int64) for _ in sample.windows]
+        return _Sample(none, none, 0), np.zeros((0, dim), np.float32)
+
     def encode(self, reading: Reading, space: Space, coarse: Coarse | None) -> None:
         """Keys, codes and lists of every segment."""
         with ExitStack() as stack:
             tokens = self._open_tokens(reading, stack)
-            sample = self._sample(tokens, reading.entries)
-            sampled = self._spilled(sample, space.dim)
+            sample, sampled = self._known_keys(self._sample(tokens, reading.entries), space.dim)
             finished = sum(draft.n_rows for draft in reading.segments if (draft.folder / SEGMENT_FILE).exists())
             with self.progress.stage("embedding", total=reading.entries, unit="tokens", done=finished) as stage:
                 for i, draft in enumerate(reading.segments):
