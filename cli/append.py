@@ -4,8 +4,6 @@ from typing import Any
 
 import click
 
-import knnstore
-
 from .options import ExampleCommand, json_option, loading, model_options, quiet_option, store_option
 from .text import counted
 
@@ -44,22 +42,18 @@ def append(
     the same content is skipped, one with another content is an error unless --replace is given. Stopped before its end, the same command
     goes on where it was.
     """
+    from knnstore.lm.append import append_corpus
+
     from .progress import shown_progress
 
-    with knnstore.open(store) as opened:
-        before = opened.snapshot
     try:
         with shown_progress(starting=loading(arguments["model"]), quiet=quiet) as progress:
-            appended = knnstore.append(
-                store, corpora, domain=domain, replace=replace, prune=prune, name=name, progress=progress, **arguments
-            )
+            done = append_corpus(store, corpora, domain=domain, replace=replace, prune=prune, name=name, progress=progress, **arguments)
     except KeyboardInterrupt:
         click.echo("Type the same command again to go on from here.", err=True)
         raise
-    with appended:
-        changed = appended.snapshot != before
-        counts = appended.manifest.operation.counts if changed else {}
-        fields = {"changed": changed, "counts": counts, **appended.info()}
+    with done.store as appended:
+        fields = {"changed": done.changed, "counts": done.counts, **appended.info()}
     if as_json:
         from .output import print_json
 
@@ -69,12 +63,13 @@ def append(
 
 
 def _summary(fields: dict[str, Any]) -> str:
-    if not fields["changed"]:
-        return f"{fields['path']}: nothing is new; snapshot {fields['snapshot']} stays"
     counts = fields["counts"]
     done = [f"{counted(counts['entries'], 'entry', 'entries')} of {counted(counts['documents'], 'document')} added"]
-    done += [f"{counts[name]:,} {word}" for name, word in _WORDS.items() if counts.get(name)]
-    return f"{fields['path']}: {', '.join(done)}; snapshot {fields['snapshot']}, {counted(fields['entries'], 'entry', 'entries')}"
+    if not fields["changed"]:
+        done = ["nothing is new"]
+    done += [f"{counts[name]:,} {word}" for name, word in _WORDS.items() if counts[name]]
+    after = f"snapshot {fields['snapshot']}" + (f", {counted(fields['entries'], 'entry', 'entries')}" if fields["changed"] else " stays")
+    return f"{fields['path']}: {', '.join(done)}; {after}"
 
 
 _WORDS = {

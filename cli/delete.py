@@ -42,7 +42,7 @@ def _conditions(_ctx: click.Context, _param: click.Parameter, given: Sequence[st
     metavar="KEY=VALUE",
     multiple=True,
     callback=_conditions,
-    help='Documents whose metadata has this value, as JSON (2026, true) or a string. Quote a string of digits: \'year="2026"\'.',
+    help="Documents whose metadata has this value, as JSON (2026, true) or a string. Quote a string of digits: 'year=\"2026\"'.",
 )
 @click.option("--purge", is_flag=True, help="Write the touched segments again without them, so that gc leaves no byte of them.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
@@ -65,7 +65,7 @@ def delete(
     from .progress import shown_progress
 
     with shown_progress(starting="looking for documents", quiet=quiet, transient=True) as progress:
-        receipt = knnstore.delete(store, documents, domain=domain, where=where, purge=purge, dry_run=dry_run, progress=progress)
+        receipt = knnstore.delete(store, documents or None, domain=domain, where=where, purge=purge, dry_run=dry_run, progress=progress)
     if as_json:
         from .output import print_json
 

@@ -16,7 +16,7 @@ EXIT_DAMAGE = 8
 @snapshot_option
 @click.option("--documents", is_flag=True, help="List the documents too.")
 @json_option
-def info(store: str, snapshot: int | None, documents: bool, as_json: bool) -> None:
+def info(store: str, snapshot: int | str | None, documents: bool, as_json: bool) -> None:
     """Show sizes, domains, model and settings of a datastore."""
     with knnstore.open(store, snapshot=snapshot) as opened:
         fields = opened.info()

@@ -11,6 +11,7 @@ from .completion import completion
 from .create import create
 from .delete import delete
 from .demo import demo
+from .history import diff, gc, restore, tag
 from .inspection import info, snapshots, verify
 from .merge import merge
 from .options import write_example
@@ -52,5 +53,5 @@ def cli() -> None:
     """
 
 
-for command in (create, append, merge, query, delete, info, verify, snapshots, demo, completion):
+for command in (create, append, merge, query, delete, info, verify, snapshots, tag, restore, diff, gc, demo, completion):
     cli.add_command(command)

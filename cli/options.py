@@ -1,6 +1,7 @@
 """Options that several commands share, and how their values are read."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = [
     "loading",
     "model_options",
     "quiet_option",
+    "read_snapshot",
     "read_text",
     "snapshot_option",
     "store_option",
@@ -56,8 +58,23 @@ store_option = click.option(
     show_envvar=True,
     help="The datastore.",
 )
+
+
+def read_snapshot(_ctx: click.Context, _param: click.Parameter, given: str | None) -> int | str | None:
+    """A snapshot's number, or `tag:NAME` as it is; None where none was given."""
+    if given is None or given.startswith("tag:"):
+        return given
+    if not re.fullmatch(r"-?[0-9]{1,18}", given):
+        raise click.BadParameter(f"{given!r} is no snapshot. Give its number, or tag:NAME.")
+    return int(given)
+
+
 snapshot_option = click.option(
-    "--at", "snapshot", metavar="SNAPSHOT", type=int, help="An earlier snapshot, by number.  [default: the newest]"
+    "--at",
+    "snapshot",
+    metavar="SNAPSHOT",
+    callback=read_snapshot,
+    help="An earlier snapshot, by number or tag:NAME.  [default: the newest]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no notes; warnings and errors remain.")

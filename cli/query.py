@@ -56,7 +56,7 @@ TOP = 10  # tokens of each distribution and neighbours that are shown
 def query(
     text: str,
     store: str,
-    snapshot: int | None,
+    snapshot: int | str | None,
     top: int,
     exclude: tuple[str, ...],
     model: str | None,

@@ -1,17 +1,14 @@
 """What people read on stdout: tables with colour on a terminal, the same without either where stdout is piped."""
 
-import io
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .page import GAP, Page
 from .text import counted, shown_bytes, visible, visible_token
 
 if TYPE_CHECKING:
@@ -19,10 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["print_demo", "print_documents", "print_info", "print_query", "print_snapshots", "print_verification"]
 
-PIPED_WIDTH = 120  # columns, where stdout is no terminal and $COLUMNS does not say
 MIN_CONTEXT = 20  # columns that a neighbour's context keeps, however narrow the terminal
 MAX_GROUP = 44  # columns of one distribution, however wide the terminal
-GAP = 2  # columns between columns
 
 DISTRIBUTIONS = (("p_lm", "p_LM: the model", "blue"), ("p_knn", "p_kNN: the neighbours", "green"), ("p", "p: both", "magenta"))
 EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -30,46 +25,14 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 Decode = Callable[[Sequence[int]], str]
 
 
-class _Page:
-    """Collects what a command shows, then prints it. plain: no styles, so words must say what colours would."""
-
-    def __init__(self) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # in an encoding without a sign that is shown, a question mark for it
-        self._console = Console(highlight=False, markup=False, emoji=False)
-        if not self._console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
-            self._console.width = PIPED_WIDTH
-        self.width = self._console.width
-        self.plain = self._console.color_system is None
-        self._parts: list[RenderableType] = []
-
-    def add(self, *parts: RenderableType) -> None:
-        self._parts += parts
-
-    def table(self, *, headers: bool = True) -> Table:
-        """A table without borders; on a terminal a rule under its headers."""
-        style = box.SIMPLE_HEAD if headers and not self.plain else None
-        return Table(box=style, show_edge=False, show_header=headers, pad_edge=False, padding=(0, GAP if style is None else GAP - 1, 0, 0))
-
-    def print(self) -> None:
-        if not self.plain:
-            for part in self._parts:
-                self._console.print(part)
-            return
-        with self._console.capture() as captured:
-            for part in self._parts:
-                self._console.print(part)
-        sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
-
-
 def print_query(fields: Mapping[str, Any], decode: Decode) -> None:
     """The three distributions side by side, then the nearest neighbours. fields: as `query --json` prints them."""
-    page = _Page()
+    page = Page()
     _add_query(page, fields, decode)
     page.print()
 
 
-def _add_query(page: _Page, fields: Mapping[str, Any], decode: Decode) -> None:
+def _add_query(page: Page, fields: Mapping[str, Any], decode: Decode) -> None:
     label = "next token after: "
     page.add(Text.assemble((label, "dim"), (_cut_left(visible(fields["text"]), page.width - len(label)), "bold")))
     searched = "every key" if fields["exact"] else f"nprobe {fields['nprobe']}"
@@ -81,7 +44,7 @@ def _add_query(page: _Page, fields: Mapping[str, Any], decode: Decode) -> None:
         page.add(Text("no neighbours: nothing that is searched has an entry"))
 
 
-def _distributions(page: _Page, fields: Mapping[str, Any]) -> Table:
+def _distributions(page: Page, fields: Mapping[str, Any]) -> Table:
     group = min(MAX_GROUP, (page.width - 2 * GAP - 2) // 3)
     tokens = [visible_token(item["token"]) for name, _, _ in DISTRIBUTIONS for item in fields[name]]
     token_width = min(max(map(cell_len, tokens), default=1), max(6, group - 14))
@@ -114,7 +77,7 @@ def _bar(share: float, width: int, *, plain: bool) -> str:
     return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
 
 
-def _neighbors(page: _Page, neighbors: Sequence[Mapping[str, Any]], decode: Decode) -> Table:
+def _neighbors(page: Page, neighbors: Sequence[Mapping[str, Any]], decode: Decode) -> Table:
     """One line each: the token in the middle, between what stood before and after it."""
     documents = [visible(hit["document"]) for hit in neighbors]
     domains = [visible(hit["domain"]) for hit in neighbors]
@@ -158,12 +121,12 @@ def _neighbors(page: _Page, neighbors: Sequence[Mapping[str, Any]], decode: Deco
 
 def print_info(fields: Mapping[str, Any]) -> None:
     """fields: as `info --json` prints them."""
-    page = _Page()
+    page = Page()
     _add_info(page, fields)
     page.print()
 
 
-def _add_info(page: _Page, fields: Mapping[str, Any]) -> None:
+def _add_info(page: Page, fields: Mapping[str, Any]) -> None:
     sizes, checkpoint, calibration = fields["bytes"], fields["checkpoint"], fields["calibration"]
     parts = ", ".join(f"{name} {shown_bytes(size)}" for name, size in sizes.items() if name != "total" and size)
     rows = [
@@ -213,7 +176,7 @@ def print_documents(documents: "Iterable[DocumentEntry]") -> None:
 
 def print_snapshots(listed: Sequence[Mapping[str, Any]]) -> None:
     """listed: as `snapshots --json` prints them."""
-    page = _Page()
+    page = Page()
     table = page.table()
     for name in ("snapshot", "time", "operation", "entries", "segments"):
         table.add_column(name, justify="left" if name in ("time", "operation") else "right", no_wrap=name != "operation")
@@ -227,7 +190,7 @@ def print_snapshots(listed: Sequence[Mapping[str, Any]]) -> None:
             Text(visible(done)),
             f"{item['entries']:,}",
             str(item["segments"]),
-            "current" if item["current"] else "",
+            Text(", ".join(["current"] * item["current"] + [f"tag:{name}" for name in item["tags"]])),
         )
     page.add(table)
     page.print()
@@ -235,7 +198,7 @@ def print_snapshots(listed: Sequence[Mapping[str, Any]]) -> None:
 
 def print_verification(store: str, checked_bytes: int, problems: Sequence[Mapping[str, str]]) -> None:
     """problems: kind, path, detail of each."""
-    page = _Page()
+    page = Page()
     if not problems:
         page.add(Text.assemble(f"{visible(store)}: ", ("no damage", "green"), f" in {shown_bytes(checked_bytes)} checked"))
     else:
@@ -249,7 +212,7 @@ def print_verification(store: str, checked_bytes: int, problems: Sequence[Mappin
 
 def print_demo(fields: Mapping[str, Any], decode: Decode, *, kept: str | None) -> None:
     """The datastore in one line, a query, and the perplexities."""
-    page = _Page()
+    page = Page()
     store, perplexity = fields["store"], fields["perplexity"]
     page.add(
         Text(

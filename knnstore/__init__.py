@@ -10,9 +10,11 @@ from knnstore import errors
 from knnstore._version import __version__
 
 if TYPE_CHECKING:
+    from knnstore.collecting import Collected, gc
     from knnstore.deletion import Receipt, delete
     from knnstore.entries import append_entries, create_from_entries
     from knnstore.filters import RowRange
+    from knnstore.history import Difference, diff, restore, tag, tags, untag
     from knnstore.intake import EntryDocument
     from knnstore.lm.append import append
     from knnstore.lm.create import create
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
     from knnstore.neighbors import Context, Neighbors
     from knnstore.storage.checkpoint import Checkpoint
     from knnstore.storage.manifest import IndexOptions
+    from knnstore.storage.tags import Tag
     from knnstore.store import Datastore
     from knnstore.store import open_store as open  # noqa: A004 - the front door's name
     from knnstore.verification.datastore import verify
 
 _PLACES = {
     "Checkpoint": "knnstore.storage.checkpoint",
+    "Collected": "knnstore.collecting",
     "Context": "knnstore.neighbors",
     "Datastore": "knnstore.store",
+    "Difference": "knnstore.history",
     "EntryDocument": "knnstore.intake",
     "IndexOptions": "knnstore.storage.manifest",
     "KnnLM": "knnstore.lm.knnlm",
@@ -36,20 +41,29 @@ _PLACES = {
     "Receipt": "knnstore.deletion",
     "RowRange": "knnstore.filters",
     "Step": "knnstore.lm.knnlm",
+    "Tag": "knnstore.storage.tags",
     "append": "knnstore.lm.append",
     "append_entries": "knnstore.entries",
     "create": "knnstore.lm.create",
     "create_from_entries": "knnstore.entries",
     "delete": "knnstore.deletion",
+    "diff": "knnstore.history",
+    "gc": "knnstore.collecting",
     "merge": "knnstore.merging",
     "open": "knnstore.store",
+    "restore": "knnstore.history",
+    "tag": "knnstore.history",
+    "tags": "knnstore.history",
+    "untag": "knnstore.history",
     "verify": "knnstore.verification.datastore",
 }
 
 __all__ = [
     "Checkpoint",
+    "Collected",
     "Context",
     "Datastore",
+    "Difference",
     "EntryDocument",
     "IndexOptions",
     "KnnLM",
@@ -57,15 +71,22 @@ __all__ = [
     "Receipt",
     "RowRange",
     "Step",
+    "Tag",
     "__version__",
     "append",
     "append_entries",
     "create",
     "create_from_entries",
     "delete",
+    "diff",
     "errors",
+    "gc",
     "merge",
     "open",
+    "restore",
+    "tag",
+    "tags",
+    "untag",
     "verify",
 ]
 

@@ -118,6 +118,16 @@ def load_index(
     return space, coarse.get(coarse_id) or load_coarse(folder / "coarse" / coarse_id, coarse_id, space=space_id, dim=dim)
 
 
+def has_index(job: Path, known: Container[str]) -> bool:
+    """Whether what `save_index` chose can be had: it is staged, or known, the ids of what the store has, has it. True before a choice."""
+    folder = job / "index"
+    if not folder.exists():
+        return True
+    choice = parse_json(folder / _CHOICE)
+    places = {choice["space"]: folder / "spaces", choice["coarse"]: folder / "coarse"}
+    return all(name is None or name in known or (place / name).exists() for name, place in places.items())
+
+
 def encode_runs(writer: CodesWriter, first_rows: Sequence[int], runs: Sequence[Keys], space: Space, coarse: Coarse | None) -> None:
     """Encodes keys, (n, dim) float32 for each run of consecutive rows, all at once, and hands them to the writer."""
     keys = runs[0] if len(runs) == 1 else np.concatenate(runs)
@@ -260,6 +270,9 @@ def take_back(store: StoreFolder, job: Path) -> bool:
                 disk.sync_folder(source.parent)
         if not all(source.exists() for source, _ in moves):
             return False
+        for number in [number for number in list_manifests(store) if number > newest]:
+            disk.remove(store.manifest(number))  # it never counted; left alone, it would be taken for a snapshot whose CURRENT is lost
+            disk.sync_folder(store.manifests)
         disk.remove(job / MOVES_FILE)
     return True
 

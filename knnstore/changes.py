@@ -5,27 +5,33 @@ that is not the one the work began from, it still goes through if the documents 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knnstore.errors import ConflictError
+from knnstore.errors import ConflictError, FormatError
 from knnstore.filters import document_domain, live_records
+from knnstore.format import WRITER_FEATURES
 from knnstore.storage.catalog import StoreFolder, commit, now
+from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.files import replace_file
 from knnstore.storage.jobs import MOVES_FILE
 from knnstore.storage.manifest import Calibration, CoarseRecord, Manifest, Operation, SegmentRecord, SpaceRecord
 from knnstore.storage.manifest_json import canonical
-from knnstore.storage.rows import RangeSet, as_ranges, contains, count, intersect
+from knnstore.storage.rows import RangeSet, as_ranges, contains, count, intersect, subtract
 from knnstore.storage.segment import Segment, open_segments
+from knnstore.storage.space import raw_space
 
-__all__ = ["Change", "DocumentKey", "Staged", "commit_change", "domain_counts"]
+__all__ = ["Change", "DocumentKey", "Staged", "check_features", "commit_change", "domain_counts"]
 
 Record = TypeVar("Record", SpaceRecord, CoarseRecord, SegmentRecord)
+
+_ANY_SPACE = raw_space(1)  # of segments of which only the documents are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,11 @@ class Staged(Generic[Record]):
 class Change:
     """What a command does to a snapshot.
 
-    spaces, coarse, segments: what comes, staged. documents: how many come to each domain. replaced: segments that go, as they were seen.
-    dead: rows that die, by segment uuid, with `gone`, the documents they were, by domain. removes: documents that go, looked for
-    when it is applied. checked: uuids of the segments in which the documents that come were looked for.
+    spaces, coarse, segments: what comes, staged; a segment that is there already takes the place of its record. documents: how many
+    come to each domain. replaced: segments that go, as they were seen. places: uuid of one that goes → uuid of the one that comes where
+    it was; others come last. dead: rows that die, by segment uuid, with `gone`, the documents they were, by domain. removes: documents
+    that go, looked for when it is applied. checked: uuid → dead rows, then, of each segment in which the documents that come were
+    looked for. stale: whether the calibration is so afterwards in any case.
     """
 
     operation: Operation
@@ -60,10 +68,11 @@ class Change:
     segments: Sequence[Staged[SegmentRecord]] = ()
     documents: Mapping[str, int] = field(default_factory=dict)
     replaced: Sequence[SegmentRecord] = ()
+    places: Mapping[str, str] = field(default_factory=dict)
     dead: Mapping[str, RangeSet] = field(default_factory=dict)
     gone: Mapping[str, int] = field(default_factory=dict)
     removes: Sequence[DocumentKey] = ()
-    checked: frozenset[str] = frozenset()
+    checked: Mapping[str, RangeSet] = field(default_factory=dict)
     stale: bool = False
 
 
@@ -72,23 +81,40 @@ def commit_change(store: StoreFolder, start: Manifest, change: Change, *, job: P
 
     job: the folder that keeps what is staged; it remembers what was moved out of it. Raises ConflictError naming the other commit.
     """
-    moves = [(staged.folder, store.space(staged.record.id)) for staged in change.spaces]
-    moves += [(staged.folder, store.coarse(staged.record.id)) for staged in change.coarse]
-    moves += [(staged.folder, store.segment(staged.record.content.uuid)) for staged in change.segments]
-    moves = [(source, target) for source, target in moves if source != target]  # a segment that stays, with other rows dead
+    moves: list[tuple[Path, Path]] = []  # known once the manifest is: what nothing uses stays behind
 
     def build(number: int, parent: tuple[int, str] | None, current: Manifest | None) -> Manifest:
         if current is None and start.snapshot:
             raise ConflictError(f"{store.path}: the store was removed meanwhile. Run the command again.")
         if current is not None and not start.snapshot:
             raise ConflictError(f"{store.path}: snapshot {current.snapshot} ({_named(current)}) was committed to it meanwhile.")
-        made = _Application(store, current or start, change).manifest()
+        if current is not None and current.uuid != start.uuid:
+            raise ConflictError(f"{store.path}: another datastore was put in its place meanwhile. Run the command again.")
+        made = _Application(store, start, current or start, change).manifest()
+        moves.extend(_moves(store, change, made))
         if job is not None and moves:
             pairs = [[str(source.relative_to(job)), str(target.relative_to(store.path))] for source, target in moves]
             replace_file(job / MOVES_FILE, canonical(pairs))
         return replace(made, snapshot=number, parent=parent, time=now(), operation=change.operation)
 
     return commit(store, build, staged=moves)
+
+
+def check_features(store: StoreFolder, manifest: Manifest) -> None:
+    """Raises FormatError where a snapshot may only be changed, or taken over, by a later version: before any work is done for it."""
+    unknown = sorted(set(manifest.writer_features) - WRITER_FEATURES)
+    if unknown:
+        raise FormatError(f"{store.path}: changing it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
+
+
+def _moves(store: StoreFolder, change: Change, made: Manifest) -> list[tuple[Path, Path]]:
+    """(from, to) of the staged folders that a manifest names."""
+    named = {record.id for record in made.spaces} | {record.id for record in made.coarse}
+    named |= {record.content.uuid for record in made.segments}
+    places = [(item.folder, store.space(item.record.id), item.record.id) for item in change.spaces]
+    places += [(item.folder, store.coarse(item.record.id), item.record.id) for item in change.coarse]
+    places += [(item.folder, store.segment(item.record.content.uuid), item.record.content.uuid) for item in change.segments]
+    return [(source, target) for source, target, name in places if name in named and source != target]
 
 
 def domain_counts(records: Sequence[SegmentRecord]) -> dict[str, int]:
@@ -101,6 +127,14 @@ def domain_counts(records: Sequence[SegmentRecord]) -> dict[str, int]:
     return dict(entries)
 
 
+def _live_with(segment: Segment, hashes: NDArray[np.uint64]) -> Iterator[tuple[str, DocumentRecord]]:
+    """Domain and record of the live documents whose id has one of these hashes."""
+    table = segment.ids.rows(0, len(segment.ids))
+    rows = table[np.isin(table[:, 0], hashes), 1].astype(np.int64)
+    for first_row in rows[~contains(segment.record.dead_ranges(), rows)].tolist():
+        yield document_domain(segment.record, first_row), segment.contexts.document_at(first_row)
+
+
 def _named(manifest: Manifest) -> str:
     return f"{manifest.operation.name}, {manifest.time}"
 
@@ -108,8 +142,8 @@ def _named(manifest: Manifest) -> str:
 class _Application:
     """A change applied to the newest snapshot."""
 
-    def __init__(self, store: StoreFolder, current: Manifest, change: Change) -> None:
-        self._store, self._current, self._change = store, current, change
+    def __init__(self, store: StoreFolder, start: Manifest, current: Manifest, change: Change) -> None:
+        self._store, self._start, self._current, self._change = store, start, current, change
         self._dead: dict[str, list[tuple[int, int]]] = {}
         self._gone: Counter[str] = Counter(change.gone)
 
@@ -136,7 +170,7 @@ class _Application:
         return replace(
             current,
             segments=segments,
-            **_index_of(segments, current, change),
+            **self._index_of(segments),
             documents={domain: n for domain, n in sorted(documents.items()) if n},
             calibration=_calibration(current.calibration, segments, stale=change.stale),
         )
@@ -169,56 +203,84 @@ class _Application:
 
     def _check_added(self) -> None:
         """No document that comes may be there already, in what others committed since it was looked for."""
-        seen = self._change.checked | {record.content.uuid for record in self._change.replaced}
-        unseen = [record for record in self._current.segments if record.content.uuid not in seen]
-        if not unseen or not self._change.documents:
+        if not self._change.documents:
             return
-        others = open_segments(self._store, replace(self._current, segments=tuple(unseen)))
-        for staged in self._change.segments:
-            ours = Segment(staged.folder, staged.record, others[0].space, None)  # only its documents are looked at
-            hashes = ours.ids.rows(0, len(ours.ids))[:, 0]
-            for other in others:
-                self._compare(ours, hashes, other)
-            ours.close()
+        unseen = {record.content.uuid: record for record in self._current.segments if not self._was_seen(record)}
+        rewritten = unseen.keys() & {record.content.uuid for record in self._change.replaced}
+        if not unseen:
+            return
+        with ExitStack() as stack:
+            others = tuple(record for uuid, record in unseen.items() if uuid not in rewritten)
+            opened = open_segments(self._store, replace(self._current, segments=others))
+            ours = [Segment(staged.folder, staged.record, _ANY_SPACE, None) for staged in self._change.segments]
+            for segment in (*opened, *ours):
+                stack.callback(segment.close)
+            for mine in ours:
+                for other in opened:
+                    self._compare(mine, other)
+            if rewritten:
+                self._find_twins(ours)
 
-    def _compare(self, ours: Segment, hashes: NDArray[np.uint64], other: Segment) -> None:
+    def _was_seen(self, record: SegmentRecord) -> bool:
+        """Whether the documents that come were looked for among all that live in a segment: a restore may have brought some back."""
+        dead = self._change.checked.get(record.content.uuid)
+        return dead is not None and not len(subtract(dead, record.dead_ranges()))
+
+    def _compare(self, ours: Segment, other: Segment) -> None:
+        """Raises ConflictError for a document that comes and lives in another segment, unless that is the one it replaces."""
         known = other.ids.rows(0, len(other.ids))[:, 0]
-        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        for place in np.flatnonzero(known[at] == hashes).tolist():
-            record = ours.contexts.document_at(int(ours.ids.rows(place, place + 1)[0, 1]))
-            domain = document_domain(ours.record, record.first_row)
+        for domain, record in _live_with(ours, known):
             dying = as_ranges(self._dead.get(other.content.uuid, []))
             for _, of_other, there in live_records([other], record.id):
                 if of_other == domain and not contains(dying, np.array([there.first_row]))[0]:
                     raise self._conflict(f"document {record.id!r} of domain {domain!r} was added")
 
+    def _find_twins(self, ours: Sequence[Segment]) -> None:
+        """Raises ConflictError for a document that is in what comes twice: taken over from what others committed, and added."""
+        hashes, counts = np.unique(np.concatenate([segment.ids.rows(0, len(segment.ids))[:, 0] for segment in ours]), return_counts=True)
+        found: set[tuple[str, str, int]] = set()
+        for segment in ours:
+            for domain, record in _live_with(segment, hashes[counts > 1]):
+                key = domain, record.id, record.part
+                if key in found:
+                    raise self._conflict(f"document {record.id!r} of domain {domain!r} was added")
+                found.add(key)
+
     def _segments(self) -> tuple[SegmentRecord, ...]:
         """Those that stay, with their dead rows, then those that come; one whose rows are all dead goes."""
-        change = self._change
-        gone = {record.content.uuid for record in change.replaced}
+        gone = {record.content.uuid for record in self._change.replaced}
+        come = {staged.record.content.uuid: staged.record for staged in self._change.segments}
         kept = []
         for record in self._current.segments:
+            if record.content.uuid in come:
+                kept.append(come.pop(record.content.uuid))
+                continue
             if record.content.uuid in gone:
+                taker = self._change.places.get(record.content.uuid)
+                if taker is not None:
+                    kept.append(come.pop(taker))
                 continue
             ranges = as_ranges([*record.dead, *self._dead.get(record.content.uuid, [])])
             record = replace(record, dead=tuple((int(first), int(stop)) for first, stop in ranges))
             if record.n_live():
                 kept.append(record)
-        return (*kept, *(staged.record for staged in change.segments))
+        return (*kept, *come.values())
 
+    def _index_of(self, segments: Sequence[SegmentRecord]) -> dict[str, Any]:
+        """Spaces and coarse quantizers that are used; of a store without entries the last space remains.
 
-def _index_of(
-    segments: Sequence[SegmentRecord], current: Manifest, change: Change
-) -> dict[str, tuple[SpaceRecord, ...] | tuple[CoarseRecord, ...]]:
-    """Spaces and coarse quantizers that are used; of a store without entries the last space remains."""
-    spaces = {record.id: record for record in (*current.spaces, *(staged.record for staged in change.spaces))}
-    coarse = {record.id: record for record in (*current.coarse, *(staged.record for staged in change.coarse))}
-    used = {record.content.space for record in segments} or set(list(spaces)[-1:])
-    lists = {record.content.coarse for record in segments}
-    return {
-        "spaces": tuple(record for name, record in spaces.items() if name in used),
-        "coarse": tuple(record for name, record in coarse.items() if name in lists),
-    }
+        One that the work began with may have been dropped by others since; its files are there still, since its snapshot is held open.
+        """
+        current, start, change = self._current, self._start, self._change
+        come = [staged.record for staged in change.spaces]
+        spaces = {record.id: record for record in (*current.spaces, *start.spaces, *come)}
+        coarse = {record.id: record for record in (*current.coarse, *start.coarse, *(staged.record for staged in change.coarse))}
+        used = {record.content.space for record in segments} or {record.id for record in (*current.spaces, *come)[-1:]}
+        lists = {record.content.coarse for record in segments}
+        return {
+            "spaces": tuple(record for name, record in spaces.items() if name in used),
+            "coarse": tuple(record for name, record in coarse.items() if name in lists),
+        }
 
 
 def _calibration(calibration: Calibration | None, segments: Sequence[SegmentRecord], *, stale: bool) -> Calibration | None:

@@ -4,9 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
-
-import numpy as np
+from typing import Any
 
 from knnstore.build import staged_segment
 from knnstore.changes import Change, Staged, commit_change
@@ -18,7 +16,7 @@ from knnstore.progress import SILENT, Progress
 from knnstore.storage.catalog import StoreFolder, open_snapshot
 from knnstore.storage.coarse import FLAT_ENTRIES
 from knnstore.storage.contexts import DocumentRecord
-from knnstore.storage.jobs import job_name, remove_abandoned, run_job
+from knnstore.storage.jobs import run_attempt
 from knnstore.storage.manifest import Operation, SegmentRecord
 from knnstore.storage.rows import RangeSet, as_ranges, contains, count, subtract
 from knnstore.storage.segment import Segment
@@ -26,6 +24,7 @@ from knnstore.storage.segment import Segment
 __all__ = ["Receipt", "delete"]
 
 _TRIES = 20  # commits of others that may come between
+_NAMED = 100  # ids that a manifest keeps of a deletion
 _COMMAND = "delete"
 
 
@@ -60,7 +59,7 @@ class _Selection:
 
 def delete(
     path: str | Path,
-    documents: str | Sequence[str] = (),
+    documents: str | Sequence[str] | None = None,
     *,
     domain: str | None = None,
     where: Where | None = None,
@@ -72,15 +71,19 @@ def delete(
 
     domain: with documents or where, only those of this domain. purge: writes the touched segments again without them, so that after
     `gc(keep=1)` no byte of them is left; without, their rows are dead and stay until `compact`. Costs the manifest at once; with
-    purge the touched segments.
+    purge the touched segments. The manifest says what was named; with purge only how many, since ids and metadata are to go too.
     Raises NotFoundError for a document or domain that is not there, InvalidArgumentError where it is not said which, or an id is in
-    several domains, ConflictError where others keep changing the same segments.
+    several domains, ConflictError where others keep changing the same segments, FormatError, DamageError, StorageError.
     """
-    documents = [documents] if isinstance(documents, str) else list(documents)
-    if not documents and domain is None and not where:
+    if documents is not None:
+        documents = [documents] if isinstance(documents, str) else list(documents)
+    if documents is None and domain is None and where is None:
         raise InvalidArgumentError("nothing to delete was named. Give documents, a domain, or where.")
-    if documents and where:
+    if documents is not None and where is not None:
         raise InvalidArgumentError("documents and where: give one of them.")
+    for name, given in (("documents", documents), ("where", where)):
+        if given is not None and not given:  # not the same as leaving it out, which with a domain means all of it
+            raise InvalidArgumentError(f"{name}: empty. Name what to delete, or leave it out to delete a whole domain.")
     store = StoreFolder(Path(path))
     for attempt in range(_TRIES):
         base, pin = open_snapshot(store)
@@ -99,15 +102,15 @@ def delete(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _select(ground: Ground, documents: Sequence[str], domain: str | None, where: Where | None) -> _Selection:
+def _select(ground: Ground, documents: Sequence[str] | None, domain: str | None, where: Where | None) -> _Selection:
     if domain is not None and domain not in ground.manifest.documents:
         raise NotFoundError(f"domain {domain!r}: not in this datastore. It has {', '.join(ground.manifest.domains()) or 'none'}.")
-    if not documents and not where:
+    if documents is None and where is None:
         assert domain is not None, "said by delete"
         rows = {record.content.uuid: subtract(record.domain_ranges(domain), record.dead_ranges()) for record in ground.manifest.segments}
         return _Selection({uuid: r for uuid, r in rows.items() if len(r)}, {domain: ground.manifest.documents[domain]}, None)
     found: list[tuple[Segment, str, DocumentRecord]] = []
-    for document_id in documents:
+    for document_id in documents or ():
         records = [(ground.segments[number], d, r) for number, d, r in live_records(ground.segments, document_id) if domain in (None, d)]
         domains = sorted({of_domain for _, of_domain, _ in records})
         if not records:
@@ -116,11 +119,10 @@ def _select(ground: Ground, documents: Sequence[str], domain: str | None, where:
         if len(domains) > 1:
             raise InvalidArgumentError(f"document {document_id!r}: in domains {', '.join(domains)}. Say which with domain= (--domain).")
         found += records
-    for segment in ground.segments if where else ():
-        dead = segment.record.dead_ranges()
-        for record in segment.contexts.documents():
-            of_domain = document_domain(segment.record, record.first_row)
-            if domain in (None, of_domain) and matches(record.metadata, where or {}) and not _within(dead, record.first_row):
+    for segment in ground.segments if where is not None else ():
+        for row in _first_rows(segment, alive=True):
+            of_domain, record = document_domain(segment.record, row), segment.contexts.document_at(row)
+            if domain in (None, of_domain) and matches(record.metadata, where or {}):
                 found.append((segment, of_domain, record))
     pairs: dict[str, list[tuple[int, int]]] = {}
     for segment, _, record in found:
@@ -129,16 +131,21 @@ def _select(ground: Ground, documents: Sequence[str], domain: str | None, where:
     return _Selection({uuid: as_ranges(some) for uuid, some in pairs.items()}, dict(Counter(of_domain for of_domain, _ in ids)), ids)
 
 
-def _within(ranges: RangeSet, row: int) -> bool:
-    return bool(contains(ranges, np.array([row]))[0])
+def _first_rows(segment: Segment, *, alive: bool) -> list[int]:
+    """First rows of a segment's documents: of those that count, or of those that are dead."""
+    rows = segment.contexts.first_rows
+    found: list[int] = rows[contains(segment.record.dead_ranges(), rows) != alive].tolist()
+    return found
 
 
 class _Deletion:
     def __init__(self, store: StoreFolder, ground: Ground, selection: _Selection, progress: Progress) -> None:
         self._store, self._ground, self._selection, self._progress = store, ground, selection, progress
 
-    def commit(self, purge: bool, documents: Sequence[str], domain: str | None, where: Where | None) -> Receipt:
-        arguments = {"domain": domain, "documents": list(documents)[:100], "where": dict(where or {}), "purge": purge}
+    def commit(self, purge: bool, documents: Sequence[str] | None, domain: str | None, where: Where | None) -> Receipt:
+        arguments: dict[str, Any] = {"domain": domain, "purge": purge}
+        if not purge:  # then what was named is of the documents that no file may have after a gc
+            arguments |= {"documents": list(documents or ())[:_NAMED], "where": dict(where or {})}
         selection = self._selection
         counts = {"documents": sum(selection.documents.values()), "entries": sum(map(count, selection.rows.values()))}
         operation = Operation(name=_COMMAND, arguments=arguments, counts=counts)
@@ -146,9 +153,7 @@ class _Deletion:
             change = Change(operation=operation, dead=selection.rows, gone=selection.documents)
             made = commit_change(self._store, self._ground.manifest, change)
             return _receipt(self._ground, selection, rewritten=0, purged=False, snapshot=made.snapshot)
-        remove_abandoned(self._store, _COMMAND)
-        attempt = {"command": _COMMAND, "attempt": uuid4().hex}
-        with run_job(self._store, job_name(attempt), attempt) as job:
+        with run_attempt(self._store, _COMMAND) as job:
             staged, replaced = self._rewrite(job)
             rewritten = {record.content.uuid for record in replaced}
             change = Change(
@@ -182,10 +187,9 @@ class _Deletion:
     def _is_touched(self, segment: Segment) -> bool:
         if segment.content.uuid in self._selection.rows:
             return True
-        dead = segment.record.dead_ranges()
-        return bool(len(dead)) and any(
-            _within(dead, record.first_row) and self._selection.has(document_domain(segment.record, record.first_row), record.id)
-            for record in segment.contexts.documents()
+        return bool(segment.record.dead) and any(
+            self._selection.has(document_domain(segment.record, row), segment.contexts.document_at(row).id)
+            for row in _first_rows(segment, alive=False)
         )
 
 

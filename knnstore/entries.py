@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +11,15 @@ from numpy.typing import NDArray
 from knnstore.build import begin_store, blank_manifest, choose_codec, save_index, staged_index, staged_segment, take_back, train_index
 from knnstore.changes import Change, commit_change
 from knnstore.errors import InvalidArgumentError
-from knnstore.growth import Ground, settle
+from knnstore.growth import Ground
 from knnstore.intake import SPOOL_FILE, EntryDocument, Intake
 from knnstore.progress import SILENT, Progress
 from knnstore.search import check_keys
+from knnstore.settling import commit_growth
 from knnstore.storage.catalog import StoreFolder, open_snapshot
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.files import disk
-from knnstore.storage.jobs import job_name, remove_abandoned, run_job
+from knnstore.storage.jobs import run_attempt, run_job
 from knnstore.storage.manifest import IndexOptions, Manifest, Operation
 from knnstore.storage.space import MIN_TRAINING
 
@@ -102,9 +102,7 @@ def append_entries(path: str | Path, batches: Batches, *, replace: bool = False,
     base, pin = open_snapshot(store)
     ground = Ground.of(store, base)
     try:
-        remove_abandoned(store, _APPEND)
-        arguments = {"command": _APPEND, "attempt": uuid4().hex}  # entries cannot be asked for again: it is never continued
-        with run_job(store, job_name(arguments), arguments) as job:
+        with run_attempt(store, _APPEND) as job:  # entries cannot be asked for again: it is never continued
             return _append(store, job, ground, batches, replace=replace, progress=progress)
     finally:
         ground.close()
@@ -128,18 +126,16 @@ def _append(store: StoreFolder, job: Path, ground: Ground, batches: Batches, *, 
             arguments={"replace": replace},
             counts={
                 "documents": sum(intake.documents.values()),
-                "entries": intake.n_entries,
+                "entries": intake.n_new,
                 "repeated": intake.repeated,
                 "replaced": len(intake.removes),
             },
         ),
-        **settle(job, ground, staged, index, dying=ground.rows_of(intake.removes)),
-        **staged_index(job, dim),
         documents=intake.documents,
         removes=intake.removes,
-        checked=frozenset(record.content.uuid for record in base.segments),
+        checked={record.content.uuid: record.dead_ranges() for record in base.segments},
     )
-    return commit_change(store, base, change, job=job)
+    return commit_growth(store, job, ground, staged, index, change, progress=progress)
 
 
 def _take_all(intake: Intake, batches: Batches, dim: int, expected_entries: int | None, progress: Progress) -> None:

@@ -108,7 +108,18 @@ def _rows_where(segment: Segment, where: Where) -> RangeSet:
 
 def matches(metadata: Mapping[str, object], where: Where) -> bool:
     """Whether a document's metadata has all of these fields with these values."""
-    return all(name in metadata and metadata[name] == value for name, value in where.items())
+    return all(name in metadata and _same_json(metadata[name], value) for name, value in where.items())
+
+
+def _same_json(one: object, other: object) -> bool:
+    """Whether two values are the same in JSON: true is not 1 there, as it is in Python."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same_json(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same_json, one, other))
+    return one == other
 
 
 def document_domain(record: SegmentRecord, first_row: int) -> str:

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnstore.build import Index, StagedSegment, choose_codec, segment_record, staged_segment
-from knnstore.changes import DocumentKey, Staged
+from knnstore.build import Index, StagedSegment, choose_codec, sample_size, segment_record, staged_segment
+from knnstore.changes import DocumentKey, Staged, check_features
 from knnstore.filters import live_records
 from knnstore.format import Codec
-from knnstore.joining import join_segments, size_tiers
+from knnstore.joining import join_segments, kept_type, size_tiers
+from knnstore.progress import SILENT, Progress
+from knnstore.sampling import mean_distortion, sample_keys, sample_rotated
 from knnstore.storage.catalog import StoreFolder
-from knnstore.storage.coarse import FLAT_ENTRIES, SAMPLES_PER_LIST, Coarse, choose_nlist, save_coarse, train_coarse
+from knnstore.storage.coarse import FLAT_ENTRIES, Coarse, choose_nlist, save_coarse, train_coarse
 from knnstore.storage.files import disk
 from knnstore.storage.manifest import IndexOptions, Manifest, SegmentRecord
 from knnstore.storage.rows import RangeSet, as_ranges
@@ -41,7 +43,8 @@ class Ground:
 
     @classmethod
     def of(cls, store: StoreFolder, manifest: Manifest) -> "Ground":
-        """The ground of one snapshot."""
+        """The ground of one snapshot. Raises FormatError where it may not be changed."""
+        check_features(store, manifest)
         spaces, coarse = open_index(store, manifest)
         return cls(manifest, open_segments(store, manifest, (spaces, coarse)), spaces, coarse)
 
@@ -84,13 +87,13 @@ class Ground:
         if not trained:
             return self._outgrow_raw(sample, n_new, options)
         some = sample[:: max(1, len(sample) // MEASURED_KEYS)]
-        measured = [_distortion(space, some) for space in trained]
+        measured = [mean_distortion(space, some) for space in trained]
         best = int(np.argmin(measured))
         codec = choose_codec(n_new, options)
         if codec is Codec.RAW or measured[best] <= DRIFT * trained[best].distortion:
             return trained[best]
         candidate = train_space(sample, codec=codec, rotation=options.rotation, seed=options.seed)
-        return candidate if DRIFT * _distortion(candidate, some) < measured[best] else trained[best]
+        return candidate if DRIFT * mean_distortion(candidate, some) < measured[best] else trained[best]
 
     def _outgrow_raw(self, sample: Keys, n_new: int, options: IndexOptions) -> Space:
         """Raw keys for as long as there are too few of them to train on."""
@@ -98,8 +101,8 @@ class Ground:
         codec = choose_codec(n_new + sum(segment.record.n_live() for segment in raw), options)
         if codec is Codec.RAW:
             return raw_space(self.manifest.key.dim)
-        keys = [segment.exact_keys(0, segment.content.entries) for segment in raw]  # under MIN_TRAINING of them
-        return train_space(np.concatenate([*keys, sample]), codec=codec, rotation=options.rotation, seed=options.seed)
+        keys = sample_keys(raw, sum(segment.record.n_live() for segment in raw), seed=options.seed)
+        return train_space(np.concatenate((keys, sample)) if raw else sample, codec=codec, rotation=options.rotation, seed=options.seed)
 
     def choose_coarse(self, space: Space, rotated: Keys, n_all: int) -> Coarse:
         """The largest coarse quantizer of a space, or a new one where n_all entries have outgrown it. rotated: a sample of what comes."""
@@ -109,40 +112,32 @@ class Ground:
             return known
         old = [segment for segment in self.segments if segment.space.id == space.id]
         n_old = sum(segment.record.n_live() for segment in old)
-        wanted = nlist * SAMPLES_PER_LIST
+        wanted = sample_size(n_all, space.dim)
         n_decoded = min(n_old, wanted * n_old // max(1, n_all))
         seed = self.manifest.index.seed
-        sample = np.concatenate((_decoded(old, space, n_decoded, seed), rotated[: max(1, wanted - n_decoded)]))
-        return train_coarse(sample, space=space.id, nlist=nlist, seed=seed)
-
-
-def _decoded(segments: Sequence[Segment], space: Space, n: int, seed: int) -> Keys:
-    """About n keys as their codes have them, in the axes of the space, drawn evenly from every list."""
-    n_all = sum(segment.content.entries for segment in segments)
-    rng = np.random.default_rng(seed)
-    drawn = [np.zeros((0, space.dim), np.float32)]
-    for segment in segments if n else []:
-        for number in np.flatnonzero(segment.lists.sizes).tolist():
-            size = int(segment.lists.sizes[number])
-            codes, _ = segment.lists.entries(number)
-            drawn.append(space.decode(codes[np.sort(rng.choice(size, min(size, -(-size * n // n_all)), replace=False))]))
-    return np.concatenate(drawn)
-
-
-def _distortion(space: Space, keys: Keys) -> float:
-    rotated = space.rotate(keys)
-    return float(np.square(rotated - space.decode(space.encode(rotated))).sum(axis=1, dtype=np.float64).mean())
+        sample = [sample_rotated(old, space, n_decoded, seed=seed)] if old else []
+        sample.append(rotated[: max(1, wanted - n_decoded)])
+        return train_coarse(np.concatenate(sample), space=space.id, nlist=nlist, seed=seed)
 
 
 def settle(
-    job: Path, ground: Ground, new: Sequence[StagedSegment], index: Index, *, dying: Mapping[str, RangeSet] | None = None
+    job: Path,
+    ground: Ground,
+    new: Sequence[StagedSegment],
+    index: Index,
+    *,
+    dying: Mapping[str, RangeSet] | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """The segments of a change that adds new ones: those, or fewer that take in small segments of the store too.
 
     dying: rows of the store that the change makes dead; what is written again leaves them out. Costs what is added, times the
     logarithm of the store's size over many calls. Returns the fields `segments` and `replaced` of a `Change`.
     """
-    space = index[0]
+    space, chosen = index
+    for leftover in (job / "index" / "coarse").iterdir():  # of an attempt that a kill, or a commit of others, cut off
+        if chosen is None or leftover.name != chosen.id:
+            disk.remove_tree(leftover)
     with ExitStack() as stack:
         added = {}
         for item in new:
@@ -155,12 +150,15 @@ def settle(
         groups = _groups(list(segments.values()), space, segment_entries=ground.manifest.index.segment_entries)
         groups += [[uuid] for uuid, segment in added.items() if segment.record.dead and not any(uuid in group for group in groups)]
         joined, rewritten = [], set()
-        for group in groups:
-            parts = [segments[uuid] for uuid in group]
-            coarse = _coarse_of(job, ground, parts, index)
-            staged = join_segments(job / "segments", parts, space=space, coarse=coarse, keys=ground.manifest.index.keep_keys)
-            joined.append(staged_segment(staged))
-            rewritten.update(group)
+        total = sum(segments[uuid].record.n_live() for group in groups for uuid in group)
+        with (progress if groups else SILENT).stage("joining small segments", total=total, unit="entries") as stage:
+            for group in groups:
+                parts = [segments[uuid] for uuid in group]
+                coarse = _coarse_of(job, ground, parts, index)
+                keys = kept_type(parts, ground.manifest.index.keep_keys)
+                staged = join_segments(job / "segments", parts, space=space, coarse=coarse, keys=keys, advance=stage.advance)
+                joined.append(staged_segment(staged))
+                rewritten.update(group)
         seen = {record.content.uuid: record for record in ground.manifest.segments}
         come: list[Staged[SegmentRecord]] = [staged_segment(item) for item in new if item.folder.name in added.keys() - rewritten]
         return {"segments": [*joined, *come], "replaced": [seen[uuid] for uuid in seen if uuid in rewritten]}
@@ -191,8 +189,8 @@ def _coarse_of(job: Path, ground: Ground, parts: Sequence[Segment], index: Index
     n = sum(part.record.n_live() for part in parts)
     if n < FLAT_ENTRIES or coarse is not None:
         return coarse if n >= FLAT_ENTRIES else None
-    same = [part for part in parts if part.space.id == space.id]
-    coarse = ground.choose_coarse(space, _decoded(same, space, n, ground.manifest.index.seed), n)
+    sample = sample_rotated(parts, space, min(n, sample_size(n, space.dim)), seed=ground.manifest.index.seed)
+    coarse = ground.choose_coarse(space, sample, n)
     folder = job / "index" / "coarse" / coarse.id
     if coarse.id not in ground.coarse and not folder.exists():
         save_coarse(coarse, folder)

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from knnstore.errors import NotFoundError
 from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, IDS_FILE, KEYS_FILE, LISTS_FILE, VALUES_FILE
 from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
 from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.manifest import Calibration, Manifest
 from knnstore.storage.rows import contains, count, subtract
 from knnstore.storage.segment import Segment
+from knnstore.storage.tags import list_tags
 
 __all__ = ["calibration_fields", "live_documents", "live_hashes", "snapshot_list", "store_info"]
 
@@ -113,14 +115,20 @@ def calibration_fields(calibration: Calibration | None) -> dict[str, Any] | None
 
 
 def snapshot_list(path: Path) -> list[dict[str, Any]]:
-    """All kept snapshots, oldest first: number, time, operation, entries, whether it is the current one."""
+    """All kept snapshots, oldest first: number, time, operation, entries, tags, whether it is the current one."""
     store = StoreFolder(path)
     current, sha256 = read_current(store)
+    tags = list_tags(store)
     listed = []
     for number in list_manifests(store):
         if number > current:
             continue  # an attempt that never counted
-        manifest = read_manifest(store, number, sha256 if number == current else None)
+        try:
+            manifest = read_manifest(store, number, sha256 if number == current else None)
+        except NotFoundError:
+            if number == current:
+                raise
+            continue  # a gc removed it meanwhile
         listed.append(
             {
                 "snapshot": number,
@@ -129,6 +137,7 @@ def snapshot_list(path: Path) -> list[dict[str, Any]]:
                 "counts": manifest.operation.counts,
                 "entries": sum(segment.n_live() for segment in manifest.segments),
                 "segments": len(manifest.segments),
+                "tags": [name for name, tag in tags.items() if tag.snapshot == number],
                 "current": number == current,
             }
         )

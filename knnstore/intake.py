@@ -19,6 +19,7 @@ from knnstore.storage.arrays import map_file
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.files import ArrayFile
 from knnstore.storage.manifest import IndexOptions
+from knnstore.storage.rows import as_ranges, complement
 from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
 from knnstore.storage.space import Space
 
@@ -203,6 +204,11 @@ class Intake:
         self.n_entries = 0
         self.documents: dict[str, int] = {}
 
+    @property
+    def n_new(self) -> int:
+        """Entries so far, without those of documents that are there already."""
+        return self.n_entries - sum(stop - first for draft in self._drafts for first, stop in draft.dead)
+
     def __enter__(self) -> Self:
         return self
 
@@ -313,9 +319,9 @@ class Intake:
         self._end_draft()
 
     def encode_spool(self, choose: Callable[[Keys, int], Index], progress: Progress) -> Index:
-        """Encodes all spooled keys. choose: (a sample of them, how many there are) → space and coarse quantizer."""
+        """Encodes all spooled keys. choose: (a sample of those that are new, how many these are) → space and coarse quantizer."""
         keys = self._spool.keys()
-        space, coarse = choose(keys[sample_rows(self.n_entries, self._dim, self._options.seed)], self.n_entries)
+        space, coarse = choose(keys[self._new_rows(sample_rows(self.n_new, self._dim, self._options.seed))], self.n_new)
         with progress.stage("encoding", total=self.n_entries, unit="entries") as stage:
             for draft in self._drafts:
                 n_rows = draft.documents.n_rows
@@ -327,6 +333,15 @@ class Intake:
                     stage.advance(n)
                 draft.codes.close()
         return space, coarse
+
+    def _new_rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Places in the spool of entries that are new, by their numbers among these."""
+        dead = [(draft.first_key + first, draft.first_key + stop) for draft in self._drafts for first, stop in draft.dead]
+        new = complement(as_ranges(dead), self.n_entries)
+        ends = np.cumsum(new[:, 1] - new[:, 0])
+        at = np.searchsorted(ends, numbers, side="right")
+        places: NDArray[np.int64] = new[at, 1] - ends[at] + numbers
+        return places
 
     def finish(self, space: Space, coarse: Coarse | None) -> list[StagedSegment]:
         """Writes the lists of every segment."""

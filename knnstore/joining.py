@@ -1,6 +1,6 @@
 """Segments written again as one, without their dead rows: what append, `delete --purge` and compact do to small or touched segments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -8,57 +8,72 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.build import ENCODE_ROWS, MEASURED_ROWS, StagedSegment
-from knnstore.errors import InvalidArgumentError
-from knnstore.format import Codec
+from knnstore.errors import DamageError, InvalidArgumentError
+from knnstore.format import CONTEXTS_FILE, MAX_VOCABULARY, Codec
+from knnstore.sampling import has_keys, unrotated
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.files import disk
-from knnstore.storage.lists import rows_of
 from knnstore.storage.manifest import SegmentRecord
-from knnstore.storage.rows import complement
+from knnstore.storage.rows import as_ranges, complement, contains, intersect
 from knnstore.storage.segment import Segment
 from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
 from knnstore.storage.space import Space
 
-__all__ = ["can_join", "copy_documents", "join_segments", "size_tiers"]
+__all__ = ["can_join", "copy_documents", "join_segments", "kept_type", "size_tiers"]
 
 Keys = NDArray[np.float32]
 
 FIRST_TIER = 1_024  # live entries: smaller segments are one tier
 TIER_RATIO = 4  # a tier holds segments up to this many times the size of the one below, and fewer than this many of them
+CODE_BYTES = 1 << 26  # bytes of codes held at a time, in row order
 
 
 def can_join(a: SegmentRecord, b: SegmentRecord) -> bool:
-    """Whether two segments can be one without encoding again."""
-    one, two = a.content, b.content
-    return (one.space, one.keys, one.dtype, one.windows, one.text) == (two.space, two.keys, two.dtype, two.windows, two.text)
+    """Whether two segments can be one of which the same is said: nothing is encoded again and nothing dropped."""
+    return _kind(a) == _kind(b)
+
+
+def _kind(record: SegmentRecord) -> Hashable:
+    content = record.content
+    return content.space, content.keys, content.dtype, content.windows, content.text
 
 
 def size_tiers(records: Sequence[SegmentRecord], *, segment_entries: int) -> list[list[SegmentRecord]]:
     """Which segments to write as one each, so that their number stays under 4 for each power of 4 of the store's size.
 
-    Tier 0 has segments of under 1,024 live entries, each further tier four times as many. Four of a tier that can be joined, with at
-    most segment_entries together, are; what comes of it counts in its own tier.
+    Tier 0 has segments of under 1,024 live entries, each further tier four times as many. Four of a tier that can be joined are, as far
+    as segment_entries allow; what comes of it counts in its own tier. So an entry is written again once a tier or so.
     """
-    groups = [[record] for record in records]
-    changed = True
-    while changed:
-        changed = False
-        tiers: dict[tuple[int, object], list[list[SegmentRecord]]] = {}
+    groups = [[number] for number in range(len(records))]  # of places in records, ascending
+    live = [record.n_live() for record in records]
+    kinds = [_kind(record) for record in records]
+
+    def size(group: Sequence[int]) -> int:
+        return sum(live[number] for number in group)
+
+    joined = True
+    while joined:
+        tiers: dict[Hashable, list[list[int]]] = {}
         for group in groups:
-            content = group[0].content
-            alike = (content.space, content.keys, content.dtype, content.windows, content.text)
-            tiers.setdefault((_tier(_live(group)), alike), []).append(group)
+            tiers.setdefault((_tier(size(group)), kinds[group[0]]), []).append(group)
+        groups, joined = [], False
         for some in tiers.values():
-            if len(some) >= TIER_RATIO and sum(map(_live, some)) <= segment_entries:
-                joined = [record for record in records if any(record in group for group in some)]
-                groups = [group for group in groups if group not in some] + [joined]
-                changed = True
-                break
-    return [group for group in groups if len(group) > 1]
+            packed = _packed(some, size, segment_entries) if len(some) >= TIER_RATIO else some
+            joined = joined or len(packed) < len(some)
+            groups += packed
+        groups.sort()
+    return [[records[number] for number in group] for group in groups if len(group) > 1]
 
 
-def _live(group: Sequence[SegmentRecord]) -> int:
-    return sum(record.n_live() for record in group)
+def _packed(groups: Sequence[list[int]], size: Callable[[Sequence[int]], int], most: int) -> list[list[int]]:
+    """Neighbours joined as long as they have at most so many entries together."""
+    packed = [groups[0]]
+    for group in groups[1:]:
+        if size(packed[-1]) + size(group) <= most:
+            packed[-1] = sorted(packed[-1] + group)
+        else:
+            packed.append(group)
+    return packed
 
 
 def _tier(n_live: int) -> int:
@@ -66,6 +81,14 @@ def _tier(n_live: int) -> int:
     while n_live >= bound:
         tier, bound = tier + 1, bound * TIER_RATIO
     return tier
+
+
+def kept_type(parts: Sequence[Segment], wanted: str | None) -> str | None:
+    """In which type the keys of a joined segment are kept: as its parts have them, where they agree; wanted, where all are raw."""
+    kept = {part.content.keys for part in parts if part.space.codec is not Codec.RAW}
+    if not kept:
+        return wanted
+    return kept.pop() if len(kept) == 1 else None if None in kept else wanted
 
 
 def join_segments(
@@ -80,30 +103,38 @@ def join_segments(
 ) -> StagedSegment:
     """One new segment in the folder `parent` with all live rows of the parts in order, synced and ready to be committed.
 
-    Codes of the same space are taken as they are; raw or kept keys are encoded; else decoded codes are, if lossy. keys: what is kept
-    (`f16`, `bf16`, `f32`), where the parts have keys. advance: called with the numbers of entries done. Memory: some
-    ten bytes an entry of the largest part, one list's codes, and 16,384 keys.
-    Raises InvalidArgumentError where codes of another space have no keys, DamageError.
+    parts: with at least one live row. Codes of the same space are taken as they are; raw or kept keys are encoded; else decoded codes
+    are, if lossy. keys: the type in which they are kept (`f16`, `bf16`, `f32`), None or parts without keys: they are dropped.
+    advance: called with the numbers of entries done. Memory: 64 MiB of codes, 16,384 keys, 12 bytes an entry, some hundred a document.
+    Raises InvalidArgumentError where codes of another space have no keys, or a key does not fit the type; DamageError.
     """
-    folder, runs, text = copy_documents(parent, parts)
+    for part in parts:
+        if part.space.id != space.id and not (lossy or has_keys(part)):
+            raise InvalidArgumentError(
+                f"segment {part.content.uuid}: its codes are of another space and its keys were not kept. Allow a lossy change, or run "
+                "the model over its text."
+            )
+    folder, runs, n_documents = copy_documents(parent, parts)
     n_rows = runs[-1][2]
-    if keys is not None and not all(_has_keys(part) for part in parts):
+    if not all(map(has_keys, parts)):
         keys = None
     with CodesWriter(folder, n_rows=n_rows, space=space, keys=keys) as writer:
-        at, distortions = 0, []
+        at, distortion = 0, 0.0
         for part in parts:
-            at, distortion = _copy_codes(writer, part, at, space, coarse, lossy, advance)
-            distortions.append((distortion, part.record.n_live()))
+            of_part = _Codes(writer, part, space, coarse)
+            stop = of_part.copy(at, advance)
+            distortion += (stop - at) * of_part.distortion()
+            at = stop
     contents = [part.content for part in parts]
     finish_segment(
         folder,
         uuid=folder.name,
-        n_documents=_n_records(parts),
-        text=text,
+        n_documents=n_documents,
+        text=any(content.text for content in contents),
         space=space,
         coarse=coarse,
         keys=keys,
-        distortion=sum(distortion * n for distortion, n in distortions) / n_rows,
+        distortion=distortion / n_rows,
         dtype=contents[0].dtype if len({content.dtype for content in contents}) == 1 else None,
         windows=contents[0].windows if len({content.windows for content in contents}) == 1 else None,
     )
@@ -111,109 +142,99 @@ def join_segments(
     return StagedSegment(folder, runs)
 
 
-def copy_documents(parent: Path, parts: Sequence[Segment]) -> tuple[Path, tuple[tuple[str, int, int], ...], bool]:
-    """A new folder with the live documents of the parts, as `DocumentsWriter` leaves it, its runs, and whether there is text."""
+def copy_documents(parent: Path, parts: Sequence[Segment]) -> tuple[Path, tuple[tuple[str, int, int], ...], int]:
+    """The live documents of the parts in a new folder, as `DocumentsWriter` leaves it: the folder, its runs, how many documents.
+
+    Records and text are copied as they are packed. Raises DamageError where rows that live do not begin and end with documents.
+    """
     uuid = uuid4().hex
-    vocab_size = 1 << 16 if all(part.content.values == "u16" for part in parts) else 1 << 24
+    vocab_size = 1 << 16 if all(part.content.values == "u16" for part in parts) else MAX_VOCABULARY
     runs: list[tuple[str, int, int]] = []
     with DocumentsWriter(parent / uuid, uuid=uuid, vocab_size=vocab_size) as writer:
         for part in parts:
-            live = _live_rows(part)
-            for domain, first, stop in part.record.runs:
-                begins = part.contexts.first_rows
-                for row in begins[(begins >= first) & (begins < stop)].tolist():
-                    if not live[row]:
-                        continue
-                    record = part.contexts.document_at(row)
-                    values = part.values.rows(row, row + record.n_entries)[:, 0]
-                    begin = writer.n_rows
-                    writer.copy_document(values, part.contexts, record, text=part.content.text)
+            edges, hashes = _documents_of(part)
+            alive = complement(part.record.dead_ranges(), part.content.entries)
+            for domain, run_first, run_stop in part.record.runs:
+                for first, stop in intersect(as_ranges([(run_first, run_stop)]), alive).tolist():
+                    lo, hi = np.searchsorted(edges, (first, stop)).tolist()
+                    if (edges[lo], edges[hi]) != (first, stop):
+                        raise DamageError(
+                            f"{part.folder / CONTEXTS_FILE}: rows {first} to {stop} are no whole documents. Run `knnstore verify`."
+                        )
+                    at = writer.n_rows
+                    writer.copy_documents(part.values.rows(first, stop)[:, 0], part.contexts, first, stop, hashes[lo:hi])
                     if runs and runs[-1][0] == domain:
-                        begin = runs.pop()[1]
-                    runs.append((domain, begin, writer.n_rows))
-        text = writer.text
+                        at = runs.pop()[1]
+                    runs.append((domain, at, writer.n_rows))
         writer.finish()
-    return parent / uuid, tuple(runs), text
+    return parent / uuid, tuple(runs), writer.n_documents
 
 
-def _live_rows(part: Segment) -> NDArray[np.bool_]:
-    live = np.ones(part.content.entries, dtype=bool)
-    for first, stop in part.record.dead:
-        live[first:stop] = False
-    return live
+def _documents_of(part: Segment) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """First rows of a segment's documents and the end (m + 1,), ascending, and hashes of their ids (m,)."""
+    table = part.ids.rows(0, len(part.ids))
+    table = table[np.argsort(table[:, 1])]
+    begins = part.contexts.first_rows
+    if not np.array_equal(table[:, 1].astype(np.int64), begins):
+        raise DamageError(f"{part.ids.path}: it does not lead to the documents in {CONTEXTS_FILE}. Run `knnstore verify`.")
+    return np.append(begins, part.content.entries), table[:, 0]
 
 
-def _n_records(parts: Sequence[Segment]) -> int:
-    return sum(int(_live_rows(part)[part.contexts.first_rows].sum()) for part in parts)
+class _Codes:
+    """Codes, lists and keys of one part on their way to a new segment."""
+
+    def __init__(self, writer: CodesWriter, part: Segment, space: Space, coarse: Coarse | None) -> None:
+        self._writer, self._part, self._space, self._coarse = writer, part, space, coarse
+        self._same_space = part.space.id == space.id
+        self._same_lists = self._same_space and coarse is not None and part.coarse is not None and part.coarse.id == coarse.id
+        # Raw keys are their own codes.
+        self._reads_codes = part.space.codec is not Codec.RAW and (self._same_space or part.content.keys is None)
+        self._reads_keys = has_keys(part) and (not self._reads_codes or writer.keys is not None)
+        self._error, self._measured = 0.0, 0
+
+    def distortion(self) -> float:
+        """Mean squared distance of the part's keys to what its new codes stand for, as far as it is known."""
+        # What was only decoded is off by its own distortion already.
+        before = self._part.content.distortion if self._reads_codes else 0.0
+        return before + self._error / max(1, self._measured)
+
+    def copy(self, at: int, advance: Callable[[int], None]) -> int:
+        """Puts the live rows at `at` and after it. Returns the row after them."""
+        n, dead = self._part.content.entries, self._part.record.dead_ranges()
+        step = max(1, CODE_BYTES // (self._part.space.code_size * ENCODE_ROWS)) * ENCODE_ROWS
+        for begin in range(0, n, step):
+            end = min(begin + step, n)
+            live = ~contains(dead, np.arange(begin, end))
+            if not live.any():
+                continue
+            codes, lists = self._part.lists.by_row(begin, end) if self._reads_codes else (None, None)
+            for first in range(begin, end, ENCODE_ROWS):
+                rows = slice(first - begin, min(first + ENCODE_ROWS, end) - begin)
+                some = live[rows]
+                if some.any():
+                    keys = self._part.exact_keys(first, first + len(some))[some] if self._reads_keys else None
+                    self._put(at, None if codes is None else codes[rows][some], None if lists is None else lists[rows][some], keys)
+                    at += int(some.sum())
+                    advance(int(some.sum()))
+        return at
+
+    def _put(self, at: int, codes: NDArray[np.uint8] | None, lists: NDArray[np.uint32] | None, keys: Keys | None) -> None:
+        space, coarse = self._space, self._coarse
+        rotated: Keys | None = None
+        if codes is None or not self._same_space:
+            decoded = self._part.space.decode(codes) if codes is not None else None
+            rotated = space.rotate(unrotated(self._part.space, decoded) if decoded is not None else _given(keys))
+            codes = space.encode(rotated)
+            sample = slice(None, None, max(1, len(codes) // MEASURED_ROWS))
+            self._error += float(np.square(rotated[sample] - space.decode(codes[sample])).sum(dtype=np.float64))
+            self._measured += len(codes[sample])
+        if coarse is None:
+            lists = np.zeros(len(codes), np.uint32)
+        elif lists is None or not self._same_lists:
+            lists = coarse.assign(space.decode(codes) if rotated is None else rotated)
+        self._writer.put(at, codes, lists, keys)
 
 
-def _has_keys(part: Segment) -> bool:
-    return part.content.keys is not None or part.space.codec is Codec.RAW
-
-
-def _copy_codes(
-    writer: CodesWriter,
-    part: Segment,
-    at: int,
-    space: Space,
-    coarse: Coarse | None,
-    lossy: bool,
-    advance: Callable[[int], None],
-) -> tuple[int, float]:
-    """Codes of a part's live rows, from row `at` on. Returns the row after them, and their mean distortion."""
-    if part.space.id != space.id and not (lossy or _has_keys(part)):
-        raise InvalidArgumentError(
-            f"segment {part.content.uuid}: its codes are of another space and its keys were not kept. Allow a lossy change, or run the "
-            "model over its text."
-        )
-    codes, lists = _codes_by_row(part) if part.space.id == space.id or not _has_keys(part) else (None, None)
-    keep_lists = part.coarse is not None and coarse is not None and part.coarse.id == coarse.id and part.space.id == space.id
-    error, measured = 0.0, 0
-    for first, stop in complement(part.record.dead_ranges(), part.content.entries).tolist():
-        for begin in range(first, stop, ENCODE_ROWS):
-            end = min(begin + ENCODE_ROWS, stop)
-            keys = part.exact_keys(begin, end) if _has_keys(part) and (codes is None or writer.keys is not None) else None
-            if part.space.id == space.id:
-                assert codes is not None
-                some = codes[begin:end]
-                rotated = None if coarse is None or keep_lists else space.decode(some)
-            else:
-                rotated = space.rotate(keys if keys is not None else _unrotated(part, codes, begin, end))
-                some = space.encode(rotated)
-                sample = slice(None, None, max(1, len(some) // MEASURED_ROWS))
-                error += float(np.square(rotated[sample] - space.decode(some[sample])).sum(dtype=np.float64))
-                measured += len(some[sample])
-            if coarse is None:
-                assigned = np.zeros(end - begin, np.uint32)
-            elif keep_lists:
-                assert lists is not None
-                assigned = lists[begin:end]
-            else:
-                assert rotated is not None
-                assigned = coarse.assign(rotated)
-            writer.put(at, some, assigned, keys)
-            at += end - begin
-            advance(end - begin)
-    if part.space.id == space.id:
-        return at, part.content.distortion
-    # What was decoded is off by its own distortion already.
-    before = 0.0 if _has_keys(part) else part.content.distortion
-    return at, before + error / max(1, measured)
-
-
-def _unrotated(part: Segment, codes: NDArray[np.uint8] | None, begin: int, end: int) -> Keys:
-    assert codes is not None
-    decoded = part.space.decode(codes[begin:end])
-    return decoded if part.space.rotation is None else decoded @ part.space.rotation
-
-
-def _codes_by_row(part: Segment) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-    """Codes (n, code_size) u8 and list (n,) u32 of every row."""
-    n = part.content.entries
-    codes, lists = np.zeros((n, part.space.code_size), np.uint8), np.zeros(n, np.uint32)
-    for number in np.flatnonzero(part.lists.sizes).tolist():
-        some, labels = part.lists.entries(number)
-        rows = rows_of(labels)
-        codes[rows] = some
-        lists[rows] = number
-    return codes, lists
+def _given(keys: Keys | None) -> Keys:
+    assert keys is not None, "they are read where codes are not"
+    return keys

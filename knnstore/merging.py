@@ -1,23 +1,27 @@
 """Datastores of one model joined to one: their files are listed together; nothing is decoded and no model is loaded."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from knnstore.build import begin_store, blank_manifest, check_vacant, take_back
-from knnstore.changes import Change, Staged, commit_change
+from knnstore.changes import Change, Staged, check_features, commit_change
 from knnstore.errors import CheckpointMismatchError, DamageError, ExistsError, InvalidArgumentError
 from knnstore.filters import document_domain
+from knnstore.format import SEGMENT_FILE
 from knnstore.progress import SILENT, Progress, Stage
 from knnstore.storage.catalog import StoreFolder, open_snapshot
 from knnstore.storage.files import adopt, disk
 from knnstore.storage.jobs import job_name, run_job
-from knnstore.storage.manifest import FileRecord, Manifest, Operation, SegmentRecord
+from knnstore.storage.manifest import CoarseRecord, FileRecord, Manifest, Operation, SegmentRecord, SpaceRecord
+from knnstore.storage.parse import read_small
 from knnstore.storage.rows import RangeSet, as_ranges, complement, contains, subtract
 from knnstore.storage.segment import Segment, open_segments
 from knnstore.store import Datastore, open_store
@@ -44,7 +48,7 @@ class _Source:
 
 
 def merge(
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     into: str | Path,
     *,
     domains: Mapping[str, str] | None = None,
@@ -55,16 +59,18 @@ def merge(
     """One datastore with all documents of others that were built with the same checkpoint and key layer.
 
     into: a new store, or one there is, to which the others are added in one commit. domains: {path as in sources: the name that its
-    domain `default` gets}; without, the store's file name. Other domains keep their names. A document that several stores have is taken
-    once; where its contents differ, on_conflict says which stays: `keep-first` or `keep-last`, in the order given (a store that is
-    merged into comes first). link: hard links instead of copies (same file system; gc and delete stay safe, files never change).
-    Files are copied by sharing blocks where the file system can. Memory: 24 bytes a document. The calibration of the
-    largest store is kept and marked stale.
+    domain `default` gets}; without, the store's file name. Other domains keep their names, and so do all of a store that is merged
+    into. A document that several stores have is taken once; where its contents differ, on_conflict says which stays: `keep-first` or
+    `keep-last`, in the order given (a store that is merged into comes first). link: hard links instead of copies (same file system;
+    gc and delete stay safe, files never change). Files are copied by sharing blocks where the file system can. Memory: 24 bytes a
+    document. The calibration of the largest store is kept and marked stale.
     Returns the datastore, open at the new snapshot. Raises CheckpointMismatchError, ExistsError listing conflicting documents,
-    InvalidArgumentError, NotFoundError, DamageError, StorageError.
+    ConflictError where others changed the same segments of `into` meanwhile, InvalidArgumentError, NotFoundError, FormatError, DamageError,
+    StorageError.
     """
     if on_conflict not in (None, *CHOICES):
         raise InvalidArgumentError(f"on_conflict {on_conflict!r}: use {' or '.join(CHOICES)}.")
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
     target = StoreFolder(Path(into))
     names = {str(path): name for path, name in (domains or {}).items()}
     unknown = sorted(set(names) - {str(path) for path in sources})
@@ -80,10 +86,12 @@ def merge(
             store = StoreFolder(Path(path))
             if not (opened and opened[0].kept and _is_same(store, target)):
                 opened.append(_open(store, names.get(str(path), store.path.absolute().stem), stack))
+            elif str(path) in names:
+                raise InvalidArgumentError(f"{path}: the others are merged into it, so its domains keep their names. Leave the name out.")
         if not sources or (len(opened) < 2 and opened[0].kept):
             raise InvalidArgumentError("no stores to merge were given beside the one they go into. Name one or more.")
-        for other in opened[1:]:
-            _check_alike(opened[0], other)
+        for one, other in combinations(opened, 2):  # each with each: not all say by which rule they were tokenized
+            _check_alike(one, other)
         plan = _Plan(opened, on_conflict)
         _commit(target, opened, plan, link=link, progress=progress)
     return open_store(into)
@@ -97,6 +105,7 @@ def _open(store: StoreFolder, default: str | None, stack: ExitStack, *, kept: bo
     """default: what the domain `default` is called in the merged store, None for the same."""
     manifest, pin = open_snapshot(store)
     stack.callback(pin.release)
+    check_features(store, manifest)
     if default == "":
         raise InvalidArgumentError(f"{store.path}: an empty name for its domain. Give one.")
     names = {"default": default} if default is not None else {}
@@ -120,22 +129,25 @@ def _renamed(runs: Sequence[tuple[str, int, int]], names: Mapping[str, str]) -> 
 def _check_alike(a: _Source, b: _Source) -> None:
     """Raises CheckpointMismatchError naming both sides."""
     one, two = a.manifest, b.manifest
-    pairs = [
-        ("checkpoint", f"{one.checkpoint.name} {one.checkpoint.identity[:12]}", f"{two.checkpoint.name} {two.checkpoint.identity[:12]}")
-    ]
-    if one.checkpoint.identity == two.checkpoint.identity:
-        pairs = [
-            ("tokenizer", one.checkpoint.tokenizer, two.checkpoint.tokenizer),
-            ("vocabulary", one.checkpoint.vocab_size, two.checkpoint.vocab_size),
-            ("key layer", f"{one.key.layer} ({one.key.dim})", f"{two.key.layer} ({two.key.dim})"),
-            ("rule of tokens", _without_eos(one.tokens), _without_eos(two.tokens)),
-        ]
+    if one.checkpoint.identity != two.checkpoint.identity:
+        sides = [f"{manifest.checkpoint.name} {manifest.checkpoint.identity[:12]}" for manifest in (one, two)]
+        raise _unlike(a, b, "checkpoint", *sides)
+    pairs = (
+        ("tokenizer", one.checkpoint.tokenizer, two.checkpoint.tokenizer),
+        ("vocabulary", one.checkpoint.vocab_size, two.checkpoint.vocab_size),
+        ("key layer", f"{one.key.layer} ({one.key.dim})", f"{two.key.layer} ({two.key.dim})"),
+        ("rule of tokens", _without_eos(one.tokens), _without_eos(two.tokens)),
+    )
     for what, left, right in pairs:
         if left != right and None not in (left, right):
-            raise CheckpointMismatchError(
-                f"{a.store.path} and {b.store.path} cannot be merged: {what} {left} in the first, {right} in the second. "
-                "Merge stores that were built with the same model and key layer."
-            )
+            raise _unlike(a, b, what, left, right)
+
+
+def _unlike(a: _Source, b: _Source, what: str, left: object, right: object) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        f"{a.store.path} and {b.store.path} cannot be merged: {what} {left} in the first, {right} in the second. "
+        "Merge stores that were built with the same model and key layer."
+    )
 
 
 def _without_eos(rule: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -287,7 +299,7 @@ def _commit(target: StoreFolder, sources: Sequence[_Source], plan: _Plan, *, lin
             ),
             documents=gained,
             replaced=replaced,
-            checked=frozenset(record.content.uuid for record in start.segments),
+            checked={record.content.uuid: record.dead_ranges() for record in start.segments},
             stale=True,
             **staged,
         )
@@ -306,22 +318,24 @@ def _stage(
 ) -> tuple[dict[str, Any], list[SegmentRecord]]:
     """Copies or links what the target does not have. Returns fields of a `Change`, and the target's records that change."""
     there = {record.content.uuid: record for record in sources[0].manifest.segments} if sources[0].kept else {}
-    known = {record.id for record in (*sources[0].manifest.spaces, *sources[0].manifest.coarse)} if sources[0].kept else set()
-    segments, replaced = [], []
+    known = _index_ids(sources[0].manifest) if sources[0].kept else frozenset()
+    segments: list[Staged[SegmentRecord]] = []
+    replaced = []
     moving = [record for source, record in plan.records.values() if not source.kept]
     total = sum(file.size for record in moving for file in record.content.files)
     with progress.stage("linking" if link else "copying", total=total, unit="bytes") as stage:
-        spaces, coarse = {}, {}
+        spaces: dict[str, Staged[SpaceRecord]] = {}
+        coarse: dict[str, Staged[CoarseRecord]] = {}
         for source in sources:
             for item in source.manifest.spaces:
                 if item.id not in known and item.id not in spaces:
                     folder = job / "index" / "spaces" / item.id
-                    _take(source.store.space(item.id), folder, item.files, link=False, stage=None)
+                    _take(source.store.space(item.id), folder, item.files, link=link, stage=None)
                     spaces[item.id] = Staged(folder, item)
             for lists in source.manifest.coarse:
                 if lists.id not in known and lists.id not in coarse:
                     folder = job / "index" / "coarse" / lists.id
-                    _take(source.store.coarse(lists.id), folder, lists.files, link=False, stage=None)
+                    _take(source.store.coarse(lists.id), folder, lists.files, link=link, stage=None)
                     coarse[lists.id] = Staged(folder, lists)
         for uuid, (source, record) in plan.records.items():
             if source.kept and there[uuid] != record:
@@ -329,30 +343,51 @@ def _stage(
             if record.n_live() and (not source.kept or there[uuid] != record):
                 folder = target.segment(uuid) if source.kept else job / "segments" / uuid
                 if not source.kept:
-                    _take(source.store.segment(uuid), folder, (*record.content.files, _segment_file(source, uuid)), link=link, stage=stage)
+                    files = (*record.content.files, _segment_file(source, record))
+                    _take(source.store.segment(uuid), folder, files, link=link, stage=stage)
                 segments.append(Staged(folder, record))
+        folders = [item.folder for item in spaces.values()] + [item.folder for item in coarse.values()]
+        _make_durable([*folders, *(item.folder for item in segments if item.folder.is_relative_to(job))])
     return {"spaces": list(spaces.values()), "coarse": list(coarse.values()), "segments": segments}, replaced
 
 
-def _segment_file(source: _Source, uuid: str) -> FileRecord:
-    path = source.store.segment(uuid) / "segment.json"
-    return FileRecord(name=path.name, size=path.stat().st_size if path.is_file() else 0, sha256="")
+def _index_ids(manifest: Manifest) -> frozenset[str]:
+    return frozenset(record.id for record in manifest.spaces) | frozenset(record.id for record in manifest.coarse)
+
+
+def _segment_file(source: _Source, record: SegmentRecord) -> FileRecord:
+    """A segment's own file: small, so that it is read. Raises DamageError."""
+    path = source.store.segment(record.content.uuid) / SEGMENT_FILE
+    raw = read_small(path)
+    if hashlib.sha256(raw).hexdigest() != record.sha256:
+        raise DamageError(f"{path}: its content does not match its checksum. Run `knnstore verify` on that store.")
+    return FileRecord(name=path.name, size=len(raw), sha256=record.sha256)
 
 
 def _take(source: Path, folder: Path, files: Sequence[FileRecord], *, link: bool, stage: Stage | None) -> None:
-    """Copies or links files into a new folder and makes them durable; their sizes are compared, their content is not read."""
+    """Copies or links files into a new folder; their sizes are compared, their content is not read."""
     disk.remove_tree(folder)
     disk.make_folder(folder)
     for file in files:
         path = source / file.name
-        if not path.is_file() or path.is_symlink() or path.stat().st_size != file.size:
-            raise DamageError(f"{path}: it is missing or not {file.size} bytes long. Run `knnstore verify` on that store.")
+        if not path.is_file() or path.is_symlink():
+            raise DamageError(f"{path}: not there as a plain file. Run `knnstore verify` on that store.")
+        if path.stat().st_size != file.size:
+            raise DamageError(f"{path}: {path.stat().st_size} bytes, {file.size} are recorded. Run `knnstore verify` on that store.")
         if link:
             disk.link(path, folder / file.name)
         else:
             disk.copy(path, folder / file.name)
-            adopt(folder / file.name)
         if stage is not None:
             stage.advance(file.size)
-    disk.sync_folder(folder)
-    disk.sync_folder(folder.parent)
+
+
+def _make_durable(folders: Sequence[Path]) -> None:
+    """Syncs what was taken. After all of it was copied: the disk writes meanwhile."""
+    for folder in folders:
+        for file in sorted(folder.iterdir()):
+            if file.stat().st_nlink == 1:  # a link's content was synced when it was made
+                adopt(file)
+        disk.sync_folder(folder)
+    for parent in sorted({folder.parent for folder in folders}):
+        disk.sync_folder(parent)

@@ -132,10 +132,10 @@ class Datastore:
         return self.segments
 
 
-def open_store(path: str | Path, *, snapshot: int | None = None) -> Datastore:
-    """Opens a datastore at its newest snapshot, or at the one named.
+def open_store(path: str | Path, *, snapshot: int | str | None = None) -> Datastore:
+    """Opens a datastore at its newest snapshot, or at the one named by its number or as `tag:NAME`.
 
-    Raises NotFoundError where there is none, FormatError for a later format, DamageError for a damaged one.
+    Raises NotFoundError where there is none, FormatError for a later format, DamageError for a damaged one, InvalidArgumentError.
     """
     folder = Path(path)
     manifest, pin = open_snapshot(StoreFolder(folder), snapshot)

@@ -1,7 +1,9 @@
 """What every test shares: no network, quiet tokenizers, hypothesis settings, the path of the default model."""
 
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 ROOT = Path(__file__).parent.parent
+_TOLD = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,3 +42,58 @@ def default_model_dir() -> Path:
 def sample_book() -> Path:
     """A Christmas Carol, the sample corpus that ships with the package."""
     return ROOT / "knnstore" / "samples" / "a-christmas-carol.txt"
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes a line that is shown at the end of the run: how much a test tried."""
+    return request.config.stash.setdefault(_TOLD, []).append
+
+
+@pytest.fixture
+def fast_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is such a place: for tests that write and remove thousands of small files."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 1 << 28):
+        yield tmp_path
+        return
+    made = Path(tempfile.mkdtemp(prefix="knnstore-test-", dir=memory))
+    yield made
+    shutil.rmtree(made)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash.get(_TOLD, []):
+        terminalreporter.section("tried")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+# The command line: read by its tests, spoilt in copies only.
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small corpus and the datastore `store.knn` made of it, with kept keys."""
+    import commands  # loads click and the command
+
+    return commands.make_work(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="session")
+def store(work: Path) -> Path:
+    return work / "store.knn"
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A datastore that a test may spoil."""
+    return Path(shutil.copytree(store, tmp_path / "copy.knn"))
+
+
+@pytest.fixture(scope="session")
+def command_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH that has `knnstore`, whether or not it is installed beside this interpreter."""
+    import commands
+
+    return commands.command_on_path(tmp_path_factory.mktemp("bin"))

@@ -68,7 +68,7 @@ def files_by_role(store: Path) -> dict[str, Path]:
         roles[f"space {name}"] = folders["spaces"][0] / name
     if folders["coarse"]:
         roles["coarse centroids.bin"] = folders["coarse"][0] / "centroids.bin"
-    for name in ("lists.bin", "lists.dir", "values.bin", "contexts.lmdb", "keys.bin", "segment.json"):
+    for name in ("lists.bin", "lists.dir", "values.bin", "contexts.lmdb", "ids.bin", "keys.bin", "segment.json"):
         roles[name] = folders["segments"][0] / name
     return {role: path for role, path in roles.items() if path.exists()}
 
@@ -242,6 +242,12 @@ def _contexts(store: Path) -> str:
         return _digest(*parts)
 
 
+def _find(store: Path) -> str:
+    """Where each document is by its id, and that one is nowhere."""
+    with knnstore.open(store) as opened:
+        return _digest(*([segment.find(f"document {number}") for number in range(4)] for segment in opened.segments))
+
+
 def _verify(store: Path, level: str) -> dict[str, Any]:
     report = knnstore.verify(store, level=level)
     return {
@@ -272,6 +278,7 @@ def _answers(store: Path) -> dict[str, str]:
         "search": lambda: _search(store, exact=False),
         "contexts": lambda: _contexts(store),
         "exact": lambda: _search(store, exact=True),
+        "find": lambda: _find(store),
     }
     found = {}
     for name, way in ways.items():

@@ -446,7 +446,7 @@ def test_names_in_a_store_are_of_a_fixed_form(tmp_path):
     inside = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     expected = ["CURRENT", "KNNSTORE", "LOCK", "manifests/1.json"]
     expected += [f"spaces/{space.id}/{name}" for space in manifest.spaces for name in ("centroids.bin", "rotation.bin", "space.json")]
-    names = ("contexts.lmdb", "keys.bin", "lists.bin", "lists.dir", "segment.json", "values.bin")
+    names = ("contexts.lmdb", "ids.bin", "keys.bin", "lists.bin", "lists.dir", "segment.json", "values.bin")
     expected += [f"segments/{segment.content.uuid}/{name}" for segment in manifest.segments for name in names]
     assert inside == sorted(expected)
     assert {folder.name for folder in path.iterdir() if folder.is_dir()} == {"coarse", "manifests", "segments", "spaces", "staging", "tags"}

@@ -31,13 +31,14 @@ READS = {
     "search": OPENING | QUANTIZERS | {"lists.bin", "lists.dir"},
     "contexts": OPENING | QUANTIZERS | {"values.bin", "contexts.lmdb"},
     "exact": OPENING | QUANTIZERS | {"values.bin", "keys.bin"},
+    "find": OPENING | QUANTIZERS | {"ids.bin", "contexts.lmdb"},
 }
 READS_RAW = {**READS, "exact": READS["search"] | {"values.bin"}}  # lists of raw keys are the keys
 # What is compared with a checksum as a whole before its first use.
 CHECKED_WHOLE = OPENING | QUANTIZERS | {"lists.dir", "contexts.lmdb"}
-BINARY = {"space rotation.bin", "space centroids.bin", "coarse centroids.bin", "lists.bin", "lists.dir", "values.bin", "keys.bin"}
-# What level quick does not read in full: the bytes of lists, values, keys (but for header and checksums) and contexts.
-UNREAD_WHEN_QUICK = {"lists.bin", "values.bin", "keys.bin", "contexts.lmdb"}
+BINARY = QUANTIZERS - {"space space.json"} | {"lists.bin", "lists.dir", "values.bin", "ids.bin", "keys.bin"}
+# What level quick does not read in full: the bytes of lists, values, ids, keys (but for header and checksums) and contexts.
+UNREAD_WHEN_QUICK = {"lists.bin", "values.bin", "ids.bin", "keys.bin", "contexts.lmdb"}
 
 STORES = ("pq4", "pq8", "raw")
 
@@ -290,9 +291,9 @@ def test_padding(benches: dict[str, Bench]) -> None:
 
 
 def test_checksum_tables_are_seen_by_quick(benches: dict[str, Bench]) -> None:
-    """The checksums at the end of values and keys are read at level quick."""
+    """The checksums at the end of values, ids and keys are read at level quick."""
     for bench in benches.values():
-        for role in ("values.bin", "keys.bin"):
+        for role in ("values.bin", "ids.bin", "keys.bin"):
             with restored(bench.store, bench.pristine):
                 damage.invert(bench.path(role), -1)
                 bench.check(role, "last byte", seen_by_quick=True)

@@ -154,19 +154,21 @@ class PageReader:
     def documents(self, segment: dict[str, Any]) -> list[dict[str, Any]]:
         """Records with their text and each token's span."""
         folder = self.root / "segments" / segment["content"]["uuid"]
-        with lmdb.open(str(folder / "contexts.lmdb"), subdir=False, readonly=True, lock=False, max_dbs=3) as environment:
-            names = [environment.open_db(name, create=False) for name in (b"documents", b"ids", b"text")]
+        with lmdb.open(str(folder / "contexts.lmdb"), subdir=False, readonly=True, lock=False, max_dbs=2) as environment:
+            names = [environment.open_db(name, create=False) for name in (b"documents", b"text")]
             with environment.begin() as transaction:
                 first_rows = np.frombuffer(transaction.get(b"first_rows"), "<u8").tolist()
-                records, ids, frames = ([(key, content) for key, content in transaction.cursor(db=name)] for name in names)
+                records, frames = ([(key, content) for key, content in transaction.cursor(db=name)] for name in names)
         unpacked = zstandard.ZstdDecompressor()
         documents = []
         for key, content in records:
             record = json.loads(unpacked.decompress(content))
             record.update(first_row=struct.unpack(">Q", key)[0], text="", text_start=None, spans=[])
-            assert (hashlib.sha256(record["id"].encode("utf-8", "surrogatepass")).digest()[:16] + key, b"\0") in ids
             documents.append(record)
         assert [record["first_row"] for record in documents] == first_rows
+        digests = [hashlib.sha256(record["id"].encode("utf-8", "surrogatepass")).digest() for record in documents]
+        ids = sorted((int.from_bytes(digest[:8], "little"), row) for digest, row in zip(digests, first_rows, strict=True))
+        assert list(map(tuple, self.long(folder / "ids.bin", 8).tolist())) == ids
         for key, content in frames:
             raw = unpacked.decompress(content)
             tokens, size, base, gap_width, length_width, zero = struct.unpack("<IIQBBH", raw[:20])

@@ -1,25 +1,21 @@
 """`verify` on stores that contradict themselves: what is wrong has the right checksums, as a faulty writer would leave it."""
 
 import dataclasses
-import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
 import pytest
 import xxhash
 import zstandard
 from damage import files_by_role, invert
+from mending import contexts_of, records, replaced, resign, rewritten, sealed, set_byte
 from verified import assert_clean, make, problems_of
 
-from knnstore.format import HEADER_SIZE
-from knnstore.storage.catalog import StoreFolder, open_snapshot
-from knnstore.storage.manifest import FileRecord, Manifest, SegmentContent
-from knnstore.storage.manifest_json import canonical, manifest_bytes, segment_content_fields
+from knnstore.format import HEADER_SIZE, Kind, parse_header
+from knnstore.storage.manifest import Manifest, SegmentContent
 
 
 @pytest.fixture(scope="module")
@@ -30,39 +26,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def path(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template, tmp_path / "s.knn"))
-
-
-def resign(path: Path, change: Callable[[Manifest], Manifest] | None = None) -> None:
-    """Gives every checksum above the segments' files its right value again: segment.json, manifest, CURRENT."""
-    store = StoreFolder(path)
-    manifest, pin = open_snapshot(store)
-    pin.release()
-    segments = []
-    for segment in manifest.segments:
-        folder = store.segment(segment.content.uuid)
-        files = tuple(_record(folder / file.name) for file in segment.content.files)
-        content = dataclasses.replace(segment.content, files=files)
-        raw = canonical(segment_content_fields(content))
-        (folder / "segment.json").write_bytes(raw)
-        segments.append(dataclasses.replace(segment, content=content, sha256=hashlib.sha256(raw).hexdigest()))
-    write_manifest(path, (change or (lambda same: same))(dataclasses.replace(manifest, segments=tuple(segments))))
-
-
-def _record(path: Path) -> FileRecord:
-    content = path.read_bytes()
-    return FileRecord(name=path.name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    raw = manifest_bytes(manifest)
-    (path / "manifests" / f"{manifest.snapshot}.json").write_bytes(raw)
-    (path / "CURRENT").write_text(f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n")
-
-
-def sealed(raw: bytes) -> bytes:
-    """An array file with the right checks in its header: of its body, then of the header."""
-    head = raw[:48] + xxhash.xxh3_64_intdigest(raw[HEADER_SIZE:]).to_bytes(8, "little")
-    return head + xxhash.xxh3_64_intdigest(head).to_bytes(8, "little") + raw[HEADER_SIZE:]
 
 
 def test_resigning_alone_is_clean(path: Path) -> None:
@@ -207,49 +170,6 @@ def test_block_checksums(path: Path) -> None:
     assert "block 0 of 64 KiB" in problem.detail
 
 
-@contextmanager
-def contexts_of(path: Path, file: Path | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A write transaction on a contexts.lmdb, the first segment's if none is named, and its databases."""
-    file = file or files_by_role(path)["contexts.lmdb"]
-    with lmdb.open(str(file), subdir=False, lock=False, max_dbs=3, map_size=1 << 26) as environment:
-        databases = {name: environment.open_db(name.encode()) for name in ("documents", "ids", "text")}
-        with environment.begin(write=True) as transaction:
-            yield transaction, databases
-    resign(path)
-
-
-def _records(file: Path, database: str) -> list[tuple[bytes, bytes]]:
-    """What is in a database of a contexts.lmdb, in order."""
-    with (
-        lmdb.open(str(file), subdir=False, lock=False, readonly=True, max_dbs=3) as environment,
-        environment.begin() as transaction,
-        transaction.cursor(environment.open_db(database.encode(), transaction)) as cursor,
-    ):
-        return [(bytes(key), bytes(value)) for key, value in cursor]
-
-
-def _rewritten(packed: bytes, change: Callable[[bytearray], None]) -> bytes:
-    raw = bytearray(zstandard.decompress(packed))
-    change(raw)
-    return zstandard.ZstdCompressor(write_checksum=True, write_content_size=True).compress(bytes(raw))
-
-
-def replaced(old: bytes, new: bytes) -> Callable[[bytearray], None]:
-    def change(raw: bytearray) -> None:
-        assert raw.count(old) == 1
-        raw[:] = raw.replace(old, new)
-
-    return change
-
-
-def set_byte(at: int, value: int) -> Callable[[bytearray], None]:
-    def change(raw: bytearray) -> None:
-        assert raw[at] != value
-        raw[at] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("database", "change", "said"),
     [
@@ -260,7 +180,6 @@ def set_byte(at: int, value: int) -> Callable[[bytearray], None]:
         ("text", set_byte(0, 59), "do not add up"),  # number of tokens
         ("text", set_byte(16, 9), "unknown width"),
         ("documents", replaced(b'"entries":60', b'"entries":61'), "does not end where the next begins"),
-        ("documents", replaced(b'"id":"document 0"', b'"id":"document 9"'), "index of ids"),
         ("documents", replaced(b'"prefix":[]', b'"prefix":[1000]'), "beyond the vocabulary"),
         ("documents", replaced(b'"last":true', b'"last":"no"'), "where"),
         ("documents", set_byte(0, ord("[")), "JSON"),
@@ -269,21 +188,19 @@ def set_byte(at: int, value: int) -> Callable[[bytearray], None]:
 )
 def test_documents_and_text(path: Path, database: str, change: Callable[[bytearray], None], said: str) -> None:
     """Records and frames that decompress and are not what belongs there."""
-    key, packed = _records(files_by_role(path)["contexts.lmdb"], database)[0]
+    key, packed = records(files_by_role(path)["contexts.lmdb"], database)[0]
     with contexts_of(path) as (transaction, databases):
-        transaction.put(key, _rewritten(packed, change), db=databases[database])
+        transaction.put(key, rewritten(packed, change), db=databases[database])
     (problem,) = problems_of(path)
     assert (problem.kind, Path(problem.path).name) == ("content", "contexts.lmdb")
     assert said in problem.detail
 
 
-@pytest.mark.parametrize(
-    ("database", "at", "said"), [("text", 0, "text"), ("text", -1, "covers rows"), ("documents", 0, "document"), ("ids", 0, "index of ids")]
-)
+@pytest.mark.parametrize(("database", "at", "said"), [("text", 0, "text"), ("text", -1, "covers rows"), ("documents", 0, "document")])
 def test_records_that_are_gone(tmp_path: Path, database: str, at: int, said: str) -> None:
-    """A frame, a document or a key of the index that is not there."""
+    """A frame or a document that is not there."""
     path = make(tmp_path / "s.knn", 3_000)
-    (key, _) = _records(files_by_role(path)["contexts.lmdb"], database)[at]
+    (key, _) = records(files_by_role(path)["contexts.lmdb"], database)[at]
     with contexts_of(path) as (transaction, databases):
         transaction.delete(key, db=databases[database])
     (problem,) = problems_of(path)
@@ -291,9 +208,34 @@ def test_records_that_are_gone(tmp_path: Path, database: str, at: int, said: str
     assert said in problem.detail
 
 
+def test_ids_that_lead_elsewhere(path: Path) -> None:
+    """A document of another id than the one it is found by; a table whose own checksums are right."""
+    before = files_by_role(path)["contexts.lmdb"].read_bytes()
+    key, packed = records(files_by_role(path)["contexts.lmdb"], "documents")[0]
+    with contexts_of(path) as (transaction, databases):
+        content = rewritten(packed, replaced(b'"id":"document 0"', b'"id":"document 9"'))
+        transaction.put(key, content, db=databases["documents"])
+    (problem,) = problems_of(path)
+    assert (problem.kind, Path(problem.path).name) == ("content", "ids.bin")
+    files_by_role(path)["contexts.lmdb"].write_bytes(before)
+    file = files_by_role(path)["ids.bin"]
+    raw = bytearray(file.read_bytes())
+    table = np.frombuffer(raw, "<u8", count=2 * 2, offset=HEADER_SIZE).reshape(2, 2)
+    table[:] = table[::-1].copy()  # not sorted: a binary search misses what is there
+    body = raw[HEADER_SIZE : HEADER_SIZE + table.nbytes]
+    checks = xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+    header = parse_header(bytes(raw[:HEADER_SIZE]), "ids.bin", kind=Kind.IDS, owner=bytes.fromhex(file.parent.name))
+    header = dataclasses.replace(header, check=xxhash.xxh3_64_intdigest(checks))
+    file.write_bytes(header.pack() + bytes(raw[HEADER_SIZE:-8]) + checks)
+    resign(path)
+    (problem,) = problems_of(path)
+    assert (problem.kind, Path(problem.path).name) == ("content", "ids.bin")
+    assert "documents in contexts.lmdb" in problem.detail
+
+
 def test_a_frame_that_is_no_frame(path: Path) -> None:
     """What does not decompress, and what would take too much memory, is a problem and no more."""
-    (key, packed) = _records(files_by_role(path)["contexts.lmdb"], "text")[0]
+    (key, packed) = records(files_by_role(path)["contexts.lmdb"], "text")[0]
     bomb = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(1 << 26))
     for content in (packed[:-1], b"", b"\0" * 40, bomb, zstandard.compress(b"short")):
         with contexts_of(path) as (transaction, databases):
@@ -306,10 +248,10 @@ def test_text_that_goes_over_segments(tmp_path: Path) -> None:
     """The hash of a document in three segments is that of all its text."""
     path = make(tmp_path / "s.knn", 250, segment_entries=100)
     files = path.glob("segments/*/contexts.lmdb")
-    middle = next(file for file in files if b'"part":1' in zstandard.decompress(_records(file, "documents")[0][1]))
-    (key, packed) = _records(middle, "text")[0]
+    middle = next(file for file in files if b'"part":1' in zstandard.decompress(records(file, "documents")[0][1]))
+    (key, packed) = records(middle, "text")[0]
     with contexts_of(path, middle) as (transaction, databases):
-        transaction.put(key, _rewritten(packed, set_byte(-1, ord("~"))), db=databases["text"])
+        transaction.put(key, rewritten(packed, set_byte(-1, ord("~"))), db=databases["text"])
     (problem,) = problems_of(path)
     assert "hash in its record" in problem.detail
 
@@ -328,12 +270,12 @@ def with_content(**changes: Any) -> Callable[[Manifest], Manifest]:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (with_content(documents=3), {"segment.json", "contexts.lmdb"}),
+        (with_content(documents=3), {"segment.json", "contexts.lmdb", "ids.bin"}),
         (with_content(text=False), {"segment.json", "contexts.lmdb"}),
         (with_content(distortion=0.5), {"segment.json"}),
         (with_content(values="u32"), {"segment.json", "values.bin"}),
         (with_content(keys="f16"), {"segment.json", "keys.bin"}),
-        (with_content(files=()), {"segment.json", "lists.bin", "lists.dir", "values.bin", "keys.bin", "contexts.lmdb"}),
+        (with_content(files=()), {"segment.json", "lists.bin", "lists.dir", "values.bin", "keys.bin", "contexts.lmdb", "ids.bin"}),
         (lambda manifest: dataclasses.replace(manifest, documents={"a": 2, "b": 1}), {"1.json"}),
         (lambda manifest: dataclasses.replace(manifest, documents={"a": 1}), {"1.json"}),
         (lambda manifest: dataclasses.replace(manifest, key=dataclasses.replace(manifest.key, dim=7)), None),

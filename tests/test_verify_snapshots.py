@@ -47,9 +47,7 @@ def commit_from(path: Path, other: Path) -> Manifest:
     pin.release()
     for folder in ("spaces", "segments"):
         shutil.copytree(other / folder, path / folder, dirs_exist_ok=True)
-    return commit(
-        store, lambda number, parent, current: dataclasses.replace(manifest, uuid=base.uuid, snapshot=number, parent=parent)
-    )
+    return commit(store, lambda number, parent, current: dataclasses.replace(manifest, uuid=base.uuid, snapshot=number, parent=parent))
 
 
 @pytest.fixture

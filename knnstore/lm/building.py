@@ -16,9 +16,10 @@ from knnstore.format import CONTEXTS_FILE, SEGMENT_FILE, VALUES_FILE, Kind
 from knnstore.growth import Ground
 from knnstore.lm.corpus import CorpusFile, CorpusInputs
 from knnstore.lm.decoding import BLOCK_BYTES
+from knnstore.lm.drafts import DraftSegment, Reading
 from knnstore.lm.embed import Embedder, SegmentTokens
 from knnstore.lm.models import LanguageModel
-from knnstore.lm.reading import DraftSegment, Known, Reading, read_corpus
+from knnstore.lm.reading import Known, read_corpus
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import Progress, Stage
 from knnstore.storage.arrays import MappedArray

@@ -6,6 +6,7 @@ This part of a job is continued at the last segment that was finished, so that t
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,47 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import CorpusError, ExistsError
-from knnstore.lm.corpus import ContentHash, CorpusFile, Document, SkippedDocument, read_documents
+from knnstore.format import CONTEXTS_FILE
+from knnstore.lm.corpus import ContentHash, CorpusFile, Document, read_documents
+from knnstore.lm.drafts import DRAFT_FILE, READ_FILE, Reading, finished_drafts, load_reading
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import Progress, Stage
+from knnstore.storage.contexts import ContextsReader
 from knnstore.storage.files import disk, replace_file
 from knnstore.storage.manifest_json import canonical
-from knnstore.storage.parse import parse_json
 from knnstore.storage.segment_writer import DocumentsWriter
 
-__all__ = ["DraftSegment", "Known", "Reading", "read_corpus"]
-
-_DRAFT_FILE = "draft.json"
-_READ_FILE = "read.json"
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSegment:
-    """A segment whose documents are written and whose keys are not. n_documents: records in it (parts count)."""
-
-    folder: Path
-    n_rows: int
-    n_documents: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What was read: segments in order, documents taken, those that were there already, those left out and why.
-
-    replaced: (id, content hash) of documents of the store whose content is another now, or nothing; gone: likewise of those that the
-    corpus does not have.
-    """
-
-    segments: tuple[DraftSegment, ...]
-    documents: int
-    repeated: int
-    skipped: tuple[SkippedDocument, ...]
-    replaced: tuple[tuple[str, str | None], ...]
-    gone: tuple[tuple[str, str | None], ...]
-
-    @property
-    def entries(self) -> int:
-        return sum(segment.n_rows for segment in self.segments)
+__all__ = ["Known", "is_left_out_rightly", "read_corpus"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +81,8 @@ def read_corpus(
     known: documents that need not be written, or that come instead of others.
     Raises CorpusError for a document that cannot be taken, ExistsError for one whose content changed, naming it.
     """
-    if (job / _READ_FILE).exists():
-        return _reading(job, parse_json(job / _READ_FILE))
+    if (job / READ_FILE).exists():
+        return load_reading(job)
     reader = _Reader(
         job,
         tokenizer=tokenizer,
@@ -124,18 +95,34 @@ def read_corpus(
         for document in read_documents(files):
             reader.take(document, stage)
         reader.finish()
-    return _reading(job, parse_json(job / _READ_FILE))
+    return load_reading(job)
 
 
-def _reading(job: Path, fields: dict[str, Any]) -> Reading:
-    return Reading(
-        segments=tuple(DraftSegment(job / "segments" / item["uuid"], item["rows"], item["documents"]) for item in fields["segments"]),
-        documents=fields["documents"],
-        repeated=fields["repeated"],
-        skipped=tuple(SkippedDocument(*item) for item in fields["skipped"]),
-        replaced=tuple((item[0], item[1]) for item in fields["replaced"]),
-        gone=tuple((item[0], item[1]) for item in fields["gone"]),
+def is_left_out_rightly(job: Path, files: Iterable[CorpusFile], known: Known) -> bool:
+    """Whether the store still has every document that was left out, so far, because it had it. Reads those documents again."""
+    if (job / READ_FILE).exists():
+        reading = load_reading(job)
+        drafts = [(segment.folder, segment.n_rows) for segment in reading.segments]
+        empty, n_read = [item.id for item in reading.skipped], None
+    else:
+        found = finished_drafts(job)
+        drafts = [(job / "segments" / fields["uuid"], fields["rows"]) for fields in found]
+        empty, n_read = ([item[0] for item in found[-1]["skipped"]], found[-1]["cursor"]["documents_done"]) if found else ([], 0)
+    taken = set(empty)
+    for folder, n_rows in drafts:
+        with closing(ContextsReader(folder / CONTEXTS_FILE, n_rows=n_rows)) as contexts:
+            taken.update(record.id for record in contexts.documents())
+    return all(
+        document.id in taken or known.content_of(document.id) == _content_hash(document)
+        for document in islice(read_documents(files), n_read)
     )
+
+
+def _content_hash(document: Document) -> str:
+    content = ContentHash()
+    for chunk in document.chunks:
+        content.update(chunk)
+    return content.hexdigest()
 
 
 class _Reader:
@@ -161,13 +148,10 @@ class _Reader:
         """Keeps the draft segments that were finished, removes the rest."""
         folder = self._job / "segments"
         disk.make_folder(folder)
-        drafts = []
         for child in folder.iterdir():
-            if (child / _DRAFT_FILE).exists():
-                drafts.append(parse_json(child / _DRAFT_FILE))
-            else:
+            if not (child / DRAFT_FILE).exists():
                 disk.remove_tree(child)
-        for draft in sorted(drafts, key=lambda fields: int(fields["index"])):
+        for draft in finished_drafts(self._job):
             self._segments.append({"uuid": draft["uuid"], "rows": draft["rows"], "documents": draft["records"]})
             self._skipped = draft["skipped"]
             self._replaced = dict(draft["replaced"])
@@ -176,11 +160,8 @@ class _Reader:
     def take(self, document: Document, stage: Stage) -> None:
         """One document, in the corpus's order."""
         index, self._index = self._index, self._index + 1
-        content = ContentHash()
         if document.id in self._hashes or index < self._cursor.documents_done:
-            for chunk in document.chunks:
-                content.update(chunk)
-            digest = bytes.fromhex(content.hexdigest())[:16]
+            digest = bytes.fromhex(_content_hash(document))[:16]
             known = self._hashes.setdefault(document.id, digest)
             if known != digest:
                 raise CorpusError(
@@ -195,6 +176,7 @@ class _Reader:
             self._cursor.repeated += 1
             self._done(index)
             return
+        content = ContentHash()
         self._write(document, content, stage)
         self._hashes[document.id] = bytes.fromhex(content.hexdigest())[:16]
         self._done(index)
@@ -206,10 +188,7 @@ class _Reader:
         stored = self._known.content_of(document.id)
         if stored is None:
             return False
-        content = ContentHash()
-        for chunk in document.chunks:
-            content.update(chunk)
-        if content.hexdigest() == stored:
+        if _content_hash(document) == stored:
             self._hashes[document.id] = bytes.fromhex(stored)[:16]
             return True
         if not self._known.replace:
@@ -328,7 +307,7 @@ class _Reader:
             "skipped": self._skipped,
             "uuid": draft.uuid,
         }
-        replace_file(draft.folder / _DRAFT_FILE, canonical(fields))
+        replace_file(draft.folder / DRAFT_FILE, canonical(fields))
         disk.sync_folder(draft.folder.parent)
         self._segments.append({"uuid": draft.uuid, "rows": draft.n_rows, "documents": draft.n_documents})
         self._draft = None
@@ -344,7 +323,7 @@ class _Reader:
             "segments": self._segments,
             "skipped": self._skipped,
         }
-        replace_file(self._job / _READ_FILE, canonical(fields))
+        replace_file(self._job / READ_FILE, canonical(fields))
 
     def close(self) -> None:
         """Gives up a draft that is not finished."""

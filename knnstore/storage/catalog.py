@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,7 @@ __all__ = [
     "commit",
     "commit_over_damage",
     "file_records",
+    "folders_of",
     "list_manifests",
     "newest_sound_snapshot",
     "now",
@@ -173,17 +174,21 @@ def _parse_current(raw: bytes) -> tuple[int, str] | None:
 
 
 def _is_unfinished(store: StoreFolder) -> bool:
-    """Whether a store without CURRENT is of a creation that was cut off before it: there its job has moved what manifest 1 names."""
-    if list_manifests(store) != [1]:
+    """Whether a store without CURRENT is one whose creation was cut off between its manifest and CURRENT.
+
+    Its job is there then, to continue it, and either says that it moved what the manifest names, or has taken that back.
+    """
+    if list_manifests(store) != [1] or not (store.staging.is_dir() and any(store.staging.iterdir())):
         return False
     moved = b""
     for path in store.staging.glob(f"*/{MOVES_FILE}"):
         with contextlib.suppress(DamageError):
             moved += read_small(path)
     try:
-        return any(record.content.uuid.encode() in moved for record in read_manifest(store, 1).segments)
+        names = [record.content.uuid for record in read_manifest(store, 1).segments]
     except KnnstoreError:
-        return bool(moved)
+        return True
+    return any(name.encode() in moved or not store.segment(name).exists() for name in names)
 
 
 def _lost(store: StoreFolder, what: str) -> DamageError:
@@ -231,6 +236,14 @@ def read_manifest(store: StoreFolder, number: int, sha256: str | None = None) ->
     if manifest.snapshot != number or manifest.uuid != read_identity(store):
         raise DamageError(f"{path}: it belongs to another snapshot or store. Run `knnstore verify`.")
     return manifest
+
+
+def _read_newest(store: StoreFolder, number: int, sha256: str) -> Manifest:
+    """The manifest that CURRENT names. Raises DamageError also where it is missing, FormatError."""
+    try:
+        return read_manifest(store, number, sha256)
+    except NotFoundError as error:
+        raise _lost(store, f"{store.manifest(number)}: the file is missing") from error
 
 
 def _kept(store: StoreFolder) -> str:
@@ -305,6 +318,16 @@ def _find_manifest(store: StoreFolder, snapshot: int | str | None) -> tuple[int,
     return number, None  # its own `check` says whether it is whole
 
 
+def folders_of(store: StoreFolder, manifest: Manifest) -> Iterator[tuple[Path, tuple[FileRecord, ...]]]:
+    """The folders that a snapshot names, each with its files (of a segment those beside segment.json)."""
+    for space in manifest.spaces:
+        yield store.space(space.id), space.files
+    for coarse in manifest.coarse:
+        yield store.coarse(coarse.id), coarse.files
+    for segment in manifest.segments:
+        yield store.segment(segment.content.uuid), segment.content.files
+
+
 def file_records(folder: Path) -> tuple[FileRecord, ...]:
     """Name, size and sha256 of each file in a folder, by name."""
     records = []
@@ -331,7 +354,7 @@ def commit(
         parent = None
         with contextlib.suppress(NotFoundError):
             parent = read_current(store)
-        current = read_manifest(store, *parent) if parent else None  # nothing is built on a damaged one
+        current = _read_newest(store, *parent) if parent else None  # nothing is built on a damaged one
         unknown = sorted(set(current.writer_features) - WRITER_FEATURES) if current else []
         if unknown:
             raise FormatError(
@@ -359,8 +382,10 @@ def commit_over_damage(
         with contextlib.suppress(DamageError, NotFoundError):
             current = read_current(store)
             numbers += [current[0]] if current[0] < _NUMBER_MAX else []
-            read_manifest(store, *current)
-            raise ConflictError(f"{store.path}: snapshot {current[0]} is whole; another command has restored it. Look at it, then try again.")
+            _read_newest(store, *current)
+            raise ConflictError(
+                f"{store.path}: snapshot {current[0]} is whole; another command has restored it. Look at it, then try again."
+            )
         manifest = build(max(numbers) + 1, parent, None)
         write_snapshot(store, manifest)
     return manifest

@@ -169,17 +169,16 @@ class ContextsReader:
             for key, packed in cursor:
                 yield _parse_document(self._decompress(packed, DOCUMENT_RECORD_MAX), _ROW.unpack(bytes(key))[0], str(self.path))
 
-    def packed_record(self, first_row: int) -> bytes:
-        """The record of the document that begins at first_row, as it lies there."""
-        with self._env.begin() as transaction:
-            packed = transaction.get(_ROW.pack(first_row), db=self._documents)
-        if packed is None:
-            raise DamageError(f"{self.path}: no document begins at row {first_row}. Run `knnstore verify`.")
-        return bytes(packed)
+    def packed_records(self, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        """First row and record, as it lies there, of each document that begins in the rows [first, stop)."""
+        return self._packed(self._documents, first, stop)
 
     def packed_frames(self, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
         """First row and bytes, as they lie there, of each text frame that begins in the rows [first, stop)."""
-        with self._env.begin() as transaction, transaction.cursor(db=self._text) as cursor:
+        return self._packed(self._text, first, stop)
+
+    def _packed(self, database: Any, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        with self._env.begin() as transaction, transaction.cursor(db=database) as cursor:
             found = cursor.set_range(_ROW.pack(first))
             while found and (row := _ROW.unpack(cursor.key())[0]) < stop:
                 yield row, cursor.value()

@@ -8,7 +8,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from knnstore.errors import InvalidArgumentError, StorageError
+from knnstore.errors import DamageError, InvalidArgumentError, StorageError
 from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX, TEXT_FRAME_PACKED, TEXT_FRAME_RAW
 from knnstore.storage.contexts import FRAME, WIDTHS, ContextsReader, DocumentRecord, id_hash, row_key
 from knnstore.storage.files import adopt
@@ -89,18 +89,24 @@ class ContextsWriter:
             raise InvalidArgumentError(f"document {record.id!r}: metadata of {len(raw)} bytes; {DOCUMENT_RECORD_MAX} are the most.")
         key = row_key(record.first_row)
         self._put(self._documents, key, self._zstd.compress(raw))
-        self._note(record.id, record.first_row)
+        self._hashes.append(id_hash(record.id))
+        self._first_rows.append(record.first_row)
 
-    def copy_document(self, reader: ContextsReader, first_row: int, n_entries: int, document_id: str, to_row: int) -> None:
-        """A document of another file, with its text, as it lies there: neither a record nor a frame holds a row."""
-        self._put(self._documents, row_key(to_row), reader.packed_record(first_row))
-        for row, frame in reader.packed_frames(first_row, first_row + n_entries):
-            self._put(self._text, row_key(to_row + row - first_row), frame)
-        self._note(document_id, to_row)
+    def copy_documents(self, reader: ContextsReader, first: int, stop: int, hashes: NDArray[np.uint64], to_row: int) -> None:
+        """The documents of another file in the rows [first, stop), with their text, as they lie there: no record or frame holds a row.
 
-    def _note(self, document_id: str, first_row: int) -> None:
-        self._hashes.append(id_hash(document_id))
-        self._first_rows.append(first_row)
+        hashes: (m,) u64, `id_hash` of each of them. They begin at to_row here. Raises DamageError where the file has another number.
+        """
+        rows = []
+        for row, record in reader.packed_records(first, stop):
+            rows.append(to_row + row - first)
+            self._put(self._documents, row_key(rows[-1]), record)
+        if len(rows) != len(hashes):
+            raise DamageError(f"{reader.path}: {len(rows)} documents where {len(hashes)} are expected. Run `knnstore verify`.")
+        for row, frame in reader.packed_frames(first, stop):
+            self._put(self._text, row_key(to_row + row - first), frame)
+        self._hashes += hashes.tolist()
+        self._first_rows += rows
 
     def id_table(self) -> NDArray[np.uint64]:
         """Hash of the id and first row of each document so far, (m, 2), sorted: the rows of `ids.bin`."""

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,16 +87,16 @@ class Disk:
     def copy(self, source: Path, target: Path) -> None:
         """A new file with the content of another: sharing its blocks where the file system can, else copied by the kernel."""
         with _named(target, "copy"), source.open("rb", buffering=0) as taken, target.open("xb", buffering=0) as made:
-            if sys.platform == "linux":
-                with contextlib.suppress(OSError):
-                    fcntl.ioctl(made.fileno(), _FICLONE, taken.fileno())
-                    return
-            left, offset = os.fstat(taken.fileno()).st_size, 0
-            while left:
-                n = os.sendfile(made.fileno(), taken.fileno(), offset, min(left, _COPIED))
-                if not n:
-                    raise StorageError(f"{source}: it became shorter while it was copied. Try again.")
-                left, offset = left - n, offset + n
+            if sys.platform != "linux":
+                shutil.copyfileobj(taken, made, _CHUNK)
+                return
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(made.fileno(), _FICLONE, taken.fileno())
+                return
+            with contextlib.suppress(OSError):  # between some file systems it cannot; what is left is then read and written
+                while os.copy_file_range(taken.fileno(), made.fileno(), _COPIED):
+                    pass
+            shutil.copyfileobj(taken, made, _CHUNK)
 
     def remove(self, path: Path) -> None:
         with _named(path, "remove"):

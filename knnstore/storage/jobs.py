@@ -1,22 +1,46 @@
 """Jobs: work that is continued by typing the same command again. A job is a folder in `staging/`, named by what was asked for."""
 
+import contextlib
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from knnstore.errors import ConflictError, DamageError, ExistsError, InvalidArgumentError, LockedError, StorageError
+from knnstore.errors import (
+    ConflictError,
+    DamageError,
+    ExistsError,
+    InvalidArgumentError,
+    KnnstoreError,
+    LockedError,
+    StorageError,
+)
 from knnstore.format import MOVES_FILE
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.files import disk, hold_lock, replace_file, unless_held
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 
-__all__ = ["JOB_FILE", "MOVES_FILE", "is_held", "job_name", "moved_by", "other_jobs", "remove_abandoned", "remove_job", "run_job"]
+__all__ = [
+    "JOB_FILE",
+    "MOVES_FILE",
+    "is_held",
+    "job_name",
+    "moved_by",
+    "other_jobs",
+    "remove_abandoned",
+    "remove_job",
+    "run_attempt",
+    "run_job",
+]
 
 JOB_FILE = "job.json"
 _LOCK = "lock"
+_TRIES = 50  # to lock a job: a gc that looks at it, or removes it, is done with it sooner
+_PAUSE_S = 0.01
 _DOOMED = ".tmp"  # at the end of a job's name: it is being removed
 
 
@@ -59,24 +83,27 @@ def run_job(store: StoreFolder, name: str, arguments: Mapping[str, Any]) -> Iter
 
 @contextmanager
 def _locked_job(folder: Path) -> Iterator[None]:
-    """Makes a job's folder and holds its lock; again where a gc removed the folder between the two."""
+    """Makes a job's folder and holds its lock; again where a gc looked at the lock, or removed the folder, in this moment."""
     with ExitStack() as stack:
-        while True:
-            disk.make_folder(folder)
-            disk.sync_folder(folder.parent)
+        for attempt in range(_TRIES):
             try:
+                disk.make_folder(folder)
+                disk.sync_folder(folder.parent)
                 stack.enter_context(hold_lock(folder / _LOCK, purpose="at the same job", wait=False))
                 break
-            except (LockedError, StorageError):
-                if folder.exists():
+            except StorageError as error:
+                if attempt == _TRIES - 1 or not isinstance(error.__cause__, FileNotFoundError | FileExistsError):
                     raise
+            except LockedError:
+                if attempt == _TRIES - 1:
+                    raise
+                time.sleep(_PAUSE_S)
         yield
 
 
 def _take_away(folder: Path) -> None:
     """Removes a job whose lock is held: whole, or not at all, since half of one could not be continued."""
-    doomed = folder.with_name(f"{folder.name}{_DOOMED}")
-    disk.remove_tree(doomed)  # left by a kill
+    doomed = folder.with_name(f"{folder.name}-{uuid4().hex}{_DOOMED}")  # another may be removing one of the same job
     disk.rename(folder, doomed)
     disk.sync_folder(folder.parent)
     disk.remove_tree(doomed)
@@ -93,6 +120,20 @@ def remove_job(folder: Path) -> bool:
         if folder.exists():
             raise
     return True
+
+
+@contextmanager
+def run_attempt(store: StoreFolder, command: str) -> Iterator[Path]:
+    """The folder of a job that cannot be continued: removed at the end in any case, as are those that killed ones left."""
+    remove_abandoned(store, command)
+    arguments = {"command": command, "attempt": uuid4().hex}
+    try:
+        with run_job(store, job_name(arguments), arguments) as job:
+            yield job
+    except BaseException:
+        with contextlib.suppress(KnnstoreError):  # the first error is the one to tell
+            remove_abandoned(store, command)
+        raise
 
 
 def is_held(folder: Path) -> bool:

@@ -197,14 +197,34 @@ class MappedLists:
         """One list's codes as encoded (n, code_size) u8 and labels (n,) int64, checked."""
         self.check(np.array([number]))
         n = int(self.sizes[number])
-        raw = self._bytes(number)
+        return self._codes(number, 0, n), self._labels(number)
+
+    def _labels(self, number: int) -> Labels:
         cut = int(self._capacities[number]) * self._width
-        codes = raw[:cut]
-        if self._space.codec is Codec.PQ4:
-            unpacked = unpack(codes.reshape(-1, block_bytes(self._space.n_sub)))[:n]
-        else:
-            unpacked = codes.reshape(-1, self._width)[:n]
-        return unpacked, raw[cut:].view("<i8")[:n]
+        return self._bytes(number)[cut:].view("<i8")[: int(self.sizes[number])]
+
+    def _codes(self, number: int, lo: int, hi: int) -> NDArray[np.uint8]:
+        """Codes of the entries [lo, hi) of a list, (hi - lo, code_size) u8."""
+        codes = self._bytes(number)[: int(self._capacities[number]) * self._width]
+        if self._space.codec is not Codec.PQ4:
+            return codes.reshape(-1, self._width)[lo:hi]
+        first, blocks = lo // BLOCK_ENTRIES, codes.reshape(-1, block_bytes(self._space.n_sub))
+        begin = first * BLOCK_ENTRIES
+        return unpack(blocks[first : -(-hi // BLOCK_ENTRIES)])[lo - begin : hi - begin]
+
+    def by_row(self, first: int, stop: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+        """Codes as encoded (n, code_size) u8 and lists (n,) u32 of the rows [first, stop), checked. Looks at every list once."""
+        self.check(np.arange(self.nlist))
+        codes, lists = np.zeros((stop - first, self._space.code_size), np.uint8), np.zeros(stop - first, np.uint32)
+        bounds = np.array([first, stop]) << TOKEN_BITS
+        for number in np.flatnonzero(self.sizes).tolist():
+            labels = self._labels(number)
+            lo, hi = np.searchsorted(labels, bounds).tolist()
+            if lo < hi:
+                rows = rows_of(labels[lo:hi]) - first
+                codes[rows] = self._codes(number, lo, hi)
+                lists[rows] = number
+        return codes, lists
 
     def index(self) -> Any:
         """A faiss index over these lists, to be searched with `search_preassigned_c` only (it has no centroids).

@@ -24,6 +24,9 @@ from knnstore.storage.space import Space, load_space
 
 __all__ = ["Segment", "open_index", "open_segments", "read_segment_content"]
 
+_IDS_AT_ONCE = 2_048  # rows of `ids.bin` searched at once: half a block of checksums
+_SAME_HASH = 16  # rows looked at for more of one hash
+
 
 def read_segment_content(folder: Path) -> tuple[SegmentContent, str]:
     """A segment.json and its sha256."""
@@ -79,12 +82,33 @@ class Segment:
         size = content.size_of(IDS_FILE)
         return MappedArray(self.folder / IDS_FILE, kind=Kind.IDS, owner=self._owner, n_rows=content.documents, size=size)
 
+    def find_rows(self, document_id: str) -> NDArray[np.int64]:
+        """First rows of the documents whose id has the hash of this one, ascending; other ids may share it. Reads `ids.bin` alone."""
+        wanted, n = np.uint64(id_hash(document_id)), len(self.ids)
+        first, stop = 0, n
+        while stop - first > _IDS_AT_ONCE:  # a checksum is looked at for each block touched: so of few blocks, where there are many
+            middle = (first + stop) // 2
+            if self.ids.rows(middle, middle + 1)[0, 0] < wanted:
+                first = middle + 1
+            else:
+                stop = middle
+        first += int(np.searchsorted(self.ids.rows(first, stop)[:, 0], wanted))
+        found: list[int] = []
+        while first < n:
+            hashes, rows = self.ids.rows(first, min(first + _SAME_HASH, n)).T
+            same = rows[hashes == wanted]
+            found += same.tolist()
+            if len(same) < _SAME_HASH:
+                break
+            first += _SAME_HASH
+        return np.array(found, np.int64)
+
     def find(self, document_id: str) -> list[DocumentRecord]:
-        """The records with this id (several where domains or parts share it), in row order, dead ones too."""
-        table = self.ids.rows(0, len(self.ids))
-        wanted = np.uint64(id_hash(document_id))
-        first, stop = (int(np.searchsorted(table[:, 0], wanted, side=side)) for side in ("left", "right"))
-        records = [self.contexts.document_at(row) for row in table[first:stop, 1].tolist()]
+        """The records with this id (several where domains or parts share it), in row order, dead ones too.
+
+        Contexts are opened only where a hash is that of the id.
+        """
+        records = [self.contexts.document_at(row) for row in self.find_rows(document_id).tolist()]
         return [record for record in records if record.id == document_id]
 
     def check_exact(self) -> None:
@@ -128,9 +152,11 @@ def open_index(store: StoreFolder, manifest: Manifest) -> tuple[dict[str, Space]
     return spaces, {record.id: load_coarse(store.coarse(record.id), record.id, space=record.space, dim=dim) for record in manifest.coarse}
 
 
-def open_segments(store: StoreFolder, manifest: Manifest) -> tuple[Segment, ...]:
-    """The segments of a snapshot, with their spaces and coarse quantizers loaded."""
-    spaces, coarse = open_index(store, manifest)
+def open_segments(
+    store: StoreFolder, manifest: Manifest, index: tuple[dict[str, Space], dict[str, Coarse]] | None = None
+) -> tuple[Segment, ...]:
+    """The segments of a snapshot. index: its spaces and coarse quantizers, where they are loaded already."""
+    spaces, coarse = index or open_index(store, manifest)
     return tuple(
         Segment(store.segment(record.content.uuid), record, spaces[record.content.space], coarse.get(record.content.coarse or ""))
         for record in manifest.segments

@@ -94,14 +94,16 @@ class DocumentsWriter:
         self._first_row = self.n_rows
         self.n_documents += 1
 
-    def copy_document(self, values: NDArray[Any], reader: ContextsReader, record: DocumentRecord, *, text: bool) -> None:
-        """A document (or part) of another segment, as it is there: its values (n,), and its record and text from the reader."""
+    def copy_documents(self, values: NDArray[Any], reader: ContextsReader, first: int, stop: int, hashes: NDArray[np.uint64]) -> None:
+        """The documents (or parts) of another segment in the rows [first, stop), as they are there.
+
+        values: (stop - first,) token ids; reader: its contexts; hashes: (m,) u64, those of their ids in row order.
+        """
         self._values.write(np.ascontiguousarray(values, dtype=NUMPY_TYPES[self._dtype]))
-        self._contexts.copy_document(reader, record.first_row, record.n_entries, record.id, self.n_rows)
+        self._contexts.copy_documents(reader, first, stop, hashes, self.n_rows)
         self.n_rows += len(values)
         self._first_row = self.n_rows
-        self.n_documents += 1
-        self.text = self.text or text
+        self.n_documents += len(hashes)
 
     def finish(self) -> None:
         """Makes the files durable."""

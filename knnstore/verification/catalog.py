@@ -22,7 +22,10 @@ _TRIES = 20  # times that the newest snapshot may be replaced and removed while 
 
 
 class CatalogCheck:
-    """kept: paths of the manifests that count, whether sound or not. n_damaged: how many are not. newest: of the sound ones."""
+    """kept: paths of the manifests that count, whether sound or not. n_damaged: how many are not. newest: of the sound ones.
+
+    sound: numbers of those that are whole, descending. current: what CURRENT says, None where it is damaged.
+    """
 
     def __init__(self, store: StoreFolder, findings: Findings, pins: contextlib.ExitStack) -> None:
         """pins: what holds the manifests, so that no gc removes what they name."""
@@ -31,6 +34,8 @@ class CatalogCheck:
         self.kept: set[Path] = set()
         self.n_damaged = 0
         self.newest: Manifest | None = None
+        self.sound: list[int] = []
+        self.current: tuple[int, str] | None = None
         self._parents: dict[int, tuple[int, str]] = {}  # snapshot → its child, and the sha256 that the child gives
         self._uuids: dict[int, str] = {}  # of the store, in each sound manifest
 
@@ -125,6 +130,7 @@ class CatalogCheck:
     def _read_manifests(self, identity: str | None) -> Iterator[Manifest]:
         """The sound ones of all kept manifests, newest first, each compared with what its child says of it."""
         current, newest = self._newest_manifest()
+        self.current = current
         self.n_damaged += current is not None and newest is None
         for number in reversed(list_manifests(self._store)):
             if current is not None and number > current[0]:
@@ -138,6 +144,7 @@ class CatalogCheck:
                     manifest = self._parse_manifest(number, raw, identity, current[1] if current is not None and is_current else None)
             if manifest is not None and outcome.sound:
                 self.newest = self.newest or manifest
+                self.sound.append(number)
                 yield manifest
             self.n_damaged += not outcome.sound
 

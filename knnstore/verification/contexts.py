@@ -18,12 +18,21 @@ __all__ = ["DocumentRows", "OpenParts", "check_contexts"]
 
 @dataclass(frozen=True, slots=True)
 class DocumentRows:
-    """The documents (or parts) of a segment: first rows (m,) int64, whether each is its document's last part (m,) bool, and the hash
-    of its id (m,) u64."""
+    """The documents (or parts) of a segment, in row order.
+
+    first_rows: (m,) int64. hashes: of the ids, (m,) u64. parts: number of the part, (m,) int64; last: whether it is its document's last
+    part, (m,) bool; first_tokens: index in the document of the first entry's value, (m,) int64.
+    """
 
     first_rows: NDArray[np.int64]
-    last: NDArray[np.bool_]
     hashes: NDArray[np.uint64]
+    parts: NDArray[np.int64]
+    last: NDArray[np.bool_]
+    first_tokens: NDArray[np.int64]
+
+    def n_entries(self, n_rows: int) -> NDArray[np.int64]:
+        """Entries of each, (m,); n_rows: of the segment."""
+        return np.diff(np.append(self.first_rows, n_rows))
 
     def id_table(self) -> NDArray[np.uint64]:
         """What `ids.bin` has to hold, (m, 2)."""
@@ -46,7 +55,7 @@ OpenParts = dict[tuple[str, str, int, int], _Text]
 def check_contexts(path: Path, segment: SegmentRecord, *, vocab_size: int, parts: OpenParts) -> DocumentRows:
     """Reads all documents and all text of a segment in one pass. parts: taken up and left for the next segment.
 
-    Memory: 9 bytes a document, and a frame. Raises FindingError, DamageError.
+    Memory: 33 bytes a document, and a frame. Raises FindingError, DamageError.
     """
     content = segment.content
     reader = ContextsReader(path, n_rows=content.entries)
@@ -54,18 +63,17 @@ def check_contexts(path: Path, segment: SegmentRecord, *, vocab_size: int, parts
         first_rows = reader.first_rows
         if len(first_rows) != content.documents:
             raise FindingError("content", f"it has {len(first_rows)} documents, the manifest says {content.documents}")
-        stops = np.append(first_rows[1:], content.entries)
-        last = np.zeros(len(first_rows), dtype=bool)
+        n, stops = len(first_rows), np.append(first_rows[1:], content.entries)
+        rows = DocumentRows(first_rows, np.zeros(n, np.uint64), np.zeros(n, np.int64), np.zeros(n, np.bool_), np.zeros(n, np.int64))
         text = _TextWalk(reader)
-        hashes = np.zeros(len(first_rows), np.uint64)
         n_read = 0
         for i, record in enumerate(reader.documents()):
             if i >= len(first_rows) or record.first_row != first_rows[i] or record.n_entries != stops[i] - first_rows[i]:
                 raise FindingError("content", f"the document at row {record.first_row} does not end where the next begins")
             if any(token >= vocab_size for token in record.prefix):
                 raise FindingError("content", f"the document at row {record.first_row} begins with a token beyond the vocabulary")
-            hashes[i] = id_hash(record.id)
-            last[i] = record.last
+            rows.hashes[i], rows.parts[i], rows.last[i] = id_hash(record.id), record.part, record.last
+            rows.first_tokens[i] = record.first_token
             text.take(record, segment, parts)
             n_read = i + 1
         if n_read != len(first_rows):
@@ -73,7 +81,7 @@ def check_contexts(path: Path, segment: SegmentRecord, *, vocab_size: int, parts
         text.conclude(content.text)
     finally:
         reader.close()
-    return DocumentRows(first_rows, last, hashes)
+    return rows
 
 
 class _TextWalk:
@@ -89,20 +97,23 @@ class _TextWalk:
         domain = next(name for name, _, stop in segment.runs if record.first_row < stop)
         before = _Text(hashlib.sha256(), 0) if record.part == 0 else parts.get((domain, record.id, record.part, record.first_token))
         stop = record.first_row + record.n_entries
-        covered, base, reached = record.first_row, None if before is None else before.n_chars, 0
+        covered, base, reached, furthest = record.first_row, None if before is None else before.n_chars, 0, 0
         sha256 = None if before is None or before.sha256 is None else before.sha256.copy()
-        for first, starts, _, text, at in self._until(stop):
+        for first, starts, ends, text, at in self._until(stop):
             # A character that tokens of two parts share is in the text of both.
             shared = 0 if base is None or record.part == 0 or first != record.first_row else max(base - at, 0)
             if first != covered or (base is not None and at + shared != base):
                 raise FindingError("content", f"the text of document {record.id!r} at row {first} does not follow what is before it")
-            if not len(starts) or starts[0] < reached or starts[-1] > at + len(text) or (starts[1:] < starts[:-1]).any():
+            rise = len(starts) and starts[0] >= reached and (starts[1:] >= starts[:-1]).all() and (ends >= starts).all()
+            if not rise or starts[-1] > at + len(text):
                 raise FindingError("content", f"the offsets of document {record.id!r} at row {first} do not rise within their text")
-            covered, base, reached = first + len(starts), at + len(text), int(starts[-1])
+            covered, base, reached, furthest = first + len(starts), at + len(text), int(starts[-1]), max(furthest, int(ends.max()))
             if sha256 is not None:
                 sha256.update(text[shared:].encode())
         if covered not in (record.first_row, stop):
             raise FindingError("content", f"the text of document {record.id!r} covers rows to {covered}, the document ends at {stop}")
+        if furthest > (base or 0):
+            raise FindingError("content", f"a token of document {record.id!r} ends at character {furthest}, after its text")
         if covered != stop:
             sha256 = None
         if not record.last:

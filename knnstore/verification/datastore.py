@@ -9,35 +9,34 @@ Kinds of problems:
   cannot be read;
 - `checksum`, `header`: its bytes are not those that were written;
 - `content`: its bytes are those that were written, but what they say does not add up;
-- `identity`, `current`, `manifest`: KNNSTORE, CURRENT or a manifest says something else than was written.
+- `identity`, `current`, `manifest`, `tag`: KNNSTORE, CURRENT, a manifest or a tag says something else than was written, or a tag
+  names a snapshot that is not there.
 
 Files that no kept snapshot names (left by a command that was killed, or belonging to one that is running) are listed apart, as
-`orphans`: they are no damage. `LOCK`, `staging/` and what a gc removes meanwhile are none either.
+`orphans`: they are no damage. `LOCK`, `staging/`, `quarantine/` and what a gc removes meanwhile are none either.
 """
 
 import contextlib
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from knnstore.errors import FormatError, InvalidArgumentError
 from knnstore.format import COARSE, MANIFESTS, SEGMENT_FILE, SEGMENTS, SPACES, STAGING, TAGS
 from knnstore.progress import SILENT, Progress
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.coarse import load_coarse
-from knnstore.storage.manifest import CoarseRecord, FileRecord, Manifest, SpaceRecord
-from knnstore.storage.rows import contains
+from knnstore.storage.manifest import CoarseRecord, FileRecord, Manifest, SegmentRecord, SpaceRecord
 from knnstore.storage.space import load_space
 from knnstore.verification.catalog import CatalogCheck
 from knnstore.verification.contexts import DocumentRows, OpenParts
+from knnstore.verification.documents import Names, check_documents
 from knnstore.verification.files import FindingError, Findings, Problem, check_folder, check_plain, file_reading
 from knnstore.verification.segment import ExpectedSegment, SegmentCheck
+from knnstore.verification.tags import check_tags
 
-__all__ = ["LEVELS", "Problem", "VerifyReport", "verify"]
+__all__ = ["LEVELS", "Examination", "Part", "Problem", "VerifyReport", "verify"]
 
 LEVELS = ("quick", "full")
 
@@ -59,18 +58,18 @@ class VerifyReport:
 def verify(path: str | Path, *, level: str = "full", progress: Progress = SILENT) -> VerifyReport:
     """Looks for damage in a datastore and changes nothing. May run beside readers and writers.
 
-    level: `quick` or `full`. Memory: 8 bytes for each entry of the largest segment (67 MB at its default size), one space or coarse
-    quantizer at a time, and some megabytes. Raises NotFoundError where there is no datastore or no snapshot yet, FormatError for a
-    store of a later format; damage is never raised.
+    level: `quick` or `full`. Memory: 8 bytes for each entry of the largest segment (67 MB at its default size), 33 bytes for each
+    document of all segments and some 80 for each of one snapshot, one space or coarse quantizer at a time, and some megabytes.
+    Raises NotFoundError where there is no datastore or no snapshot yet, FormatError for a store of a later format; damage is never raised.
     """
     if level not in LEVELS:
         raise InvalidArgumentError(f"level {level!r}: use quick or full.")
     with contextlib.ExitStack() as pins:
-        return _Verification(StoreFolder(Path(path)), pins, full=level == "full").run(progress)
+        return Examination(StoreFolder(Path(path)), pins, full=level == "full").run(progress)
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """A folder that snapshots name. record: as the newest of them has it; snapshots: their numbers, descending."""
 
     record: SpaceRecord | CoarseRecord | ExpectedSegment
@@ -85,27 +84,37 @@ class _Part:
         return (self.record.record.content, self.record.record.sha256) if isinstance(self.record, ExpectedSegment) else self.record
 
 
-class _Verification:
+class Examination:
+    """One look at a datastore, and what was learned of it besides its problems.
+
+    catalog: of the manifests. parts: the folders that sound manifests name. documents: of each segment whose contexts were read and are
+    sound, by uuid.
+    """
+
     def __init__(self, store: StoreFolder, pins: contextlib.ExitStack, *, full: bool) -> None:
+        """pins: what holds the manifests while their files are read."""
         self._store, self._full = store, full
         self._findings = Findings(store.path)
-        self._catalog = CatalogCheck(store, self._findings, pins)
-        self._parts: dict[Path, _Part] = {}
-        self._documents: dict[Path, DocumentRows] = {}  # of each segment of the newest snapshot that was read
+        self.catalog = CatalogCheck(store, self._findings, pins)
+        self.parts: dict[Path, Part] = {}
+        self.documents: dict[str, DocumentRows] = {}
+        self._tags: set[Path] = set()  # files of tags
+        self._said: dict[tuple[tuple[SegmentRecord, ...], tuple[tuple[str, int], ...]], list[int]] = {}  # by which snapshots
+        self._records: dict[SegmentRecord, SegmentRecord] = {}  # each once, however many snapshots have it
 
     def run(self, progress: Progress) -> VerifyReport:
         findings, listed = self._findings, self._listed()
-        for manifest in self._catalog.manifests():
+        for manifest in self.catalog.manifests():
             self._name_parts(manifest)
         self._check_folders()
-        size = sum(file.size for part in self._parts.values() for file in part.files())
+        size = sum(file.size for part in self.parts.values() for file in part.files())
         with progress.stage("verifying", total=size if self._full else None, unit="bytes") as stage:
             findings.advance = stage.advance
             self._check_parts()
             findings.advance = None
         self._compare_documents()
         # Where a manifest is damaged, it is not known what it names.
-        orphans = () if self._catalog.n_damaged else tuple(sorted(self._orphans(listed)))
+        orphans = () if self.catalog.n_damaged else tuple(sorted(self._orphans(listed)))
         if orphans:
             progress.note(
                 f"{self._store.path}: no snapshot names {len(orphans)} of the files and folders here. They are left by a command that "
@@ -122,18 +131,18 @@ class _Verification:
         if os.path.lexists(self._store.lock):
             with self._findings.of(self._store.lock):
                 check_plain(self._store.lock)
-        for path in _children(self._store.path / TAGS):
-            with self._findings.of(path):
-                check_plain(path)
+        self._tags = check_tags(self._store, self._findings, self._store.path / TAGS)
 
     def _name_parts(self, manifest: Manifest) -> None:
         """Takes down the folders that a snapshot names."""
         store, spaces = self._store, {record.id: record for record in manifest.spaces}
         for space in manifest.spaces:
-            self._name(store.space(space.id), _Part(space, manifest.key.dim), manifest.snapshot)
+            self._name(store.space(space.id), Part(space, manifest.key.dim), manifest.snapshot)
         for coarse in manifest.coarse:
-            self._name(store.coarse(coarse.id), _Part(coarse, manifest.key.dim), manifest.snapshot)
-        for segment in manifest.segments:
+            self._name(store.coarse(coarse.id), Part(coarse, manifest.key.dim), manifest.snapshot)
+        segments = tuple(self._records.setdefault(segment, segment) for segment in manifest.segments)
+        self._said.setdefault((segments, tuple(sorted(manifest.documents.items()))), []).append(manifest.snapshot)
+        for segment in segments:
             space = spaces[segment.content.space]
             expected = ExpectedSegment(
                 record=segment,
@@ -142,10 +151,10 @@ class _Verification:
                 dim=manifest.key.dim,
                 vocab_size=manifest.checkpoint.vocab_size,
             )
-            self._name(store.segment(segment.content.uuid), _Part(expected, manifest.key.dim), manifest.snapshot)
+            self._name(store.segment(segment.content.uuid), Part(expected, manifest.key.dim), manifest.snapshot)
 
-    def _name(self, folder: Path, part: _Part, snapshot: int) -> None:
-        known = self._parts.setdefault(folder, part)
+    def _name(self, folder: Path, part: Part, snapshot: int) -> None:
+        known = self.parts.setdefault(folder, part)
         if known.lasting() != part.lasting():
             name = folder.relative_to(self._store.path).as_posix()
             other = f"it says other things of {name} than snapshot {known.snapshots[0]} does"
@@ -154,22 +163,21 @@ class _Verification:
 
     def _check_parts(self) -> None:
         open_parts: OpenParts = {}
-        newest = None if self._catalog.newest is None else self._catalog.newest.snapshot
-        for folder, part in self._parts.items():
+        for folder, part in self.parts.items():
             before = len(self._findings.problems)
             with self._findings.of(folder) as outcome:
                 check_folder(folder)
             if outcome.sound and isinstance(part.record, ExpectedSegment):
                 rows = SegmentCheck(self._findings, folder, part.record, open_parts, full=self._full).run()
-                if rows is not None and part.snapshots[0] == newest:
-                    self._documents[folder] = rows
+                if rows is not None:
+                    self.documents[folder.name] = rows
             elif outcome.sound:
                 self._check_quantizer(folder, part)
             # A gc removes manifests first: files that no manifest names any more are not missed.
             if len(self._findings.problems) > before and not any(os.path.lexists(self._store.manifest(n)) for n in part.snapshots):
                 del self._findings.problems[before:]
 
-    def _check_quantizer(self, folder: Path, part: _Part) -> None:
+    def _check_quantizer(self, folder: Path, part: Part) -> None:
         """The files of a space or coarse quantizer, and the hash in its name."""
         sound = True
         for file in part.files():
@@ -187,32 +195,27 @@ class _Verification:
                 raise FindingError("content", f"it says {said}, the manifest says {expected}")
 
     def _compare_documents(self) -> None:
-        """The newest manifest counts the documents that its segments hold, and its domains begin with documents."""
-        manifest = self._catalog.newest
-        if manifest is None or not all(self._store.segment(segment.content.uuid) in self._documents for segment in manifest.segments):
-            return  # at level quick, or where documents are damaged
-        held: Counter[str] = Counter()
-        with self._findings.of(self._store.manifest(manifest.snapshot)):
-            for segment in manifest.segments:
-                rows = self._documents[self._store.segment(segment.content.uuid)]
-                if not np.isin([first for _, first, _ in segment.runs], rows.first_rows).all():
-                    raise FindingError("content", f"segment {segment.content.uuid}: a domain begins within a document")
-                counted = rows.first_rows[rows.last & ~contains(segment.dead_ranges(), rows.first_rows)]
-                run_of = np.searchsorted([stop for _, _, stop in segment.runs], counted, side="right")
-                for (domain, _, _), n in zip(segment.runs, np.bincount(run_of, minlength=len(segment.runs)).tolist(), strict=True):
-                    held[domain] += n
-            if dict(+held) != {domain: n for domain, n in manifest.documents.items() if n}:
-                raise FindingError("content", f"it counts documents {manifest.documents}, its segments hold {dict(held)}"[:500])
+        """What each snapshot says of its documents, where the contexts of all its segments were read and are sound."""
+        for (segments, documents), snapshots in self._said.items():
+            paths = [path for path in map(self._store.manifest, snapshots) if os.path.lexists(path)]
+            if not paths or not all(segment.content.uuid in self.documents for segment in segments):
+                continue
+            before = len(self._findings.problems)
+            with self._findings.of(paths[0]), Names(self._store, segments, self.documents) as names:
+                check_documents(segments, dict(documents), self.documents, names)
+            for problem in self._findings.problems[before:]:
+                for path in paths[1:]:
+                    self._findings.add(problem.kind, path, problem.detail)
 
     def _listed(self) -> set[Path]:
         """What is in the folders of snapshots now."""
         store = self._store
-        return {child for name in (MANIFESTS, SPACES, COARSE, SEGMENTS) for child in _children(store.path / name)}
+        return {child for name in (MANIFESTS, SPACES, COARSE, SEGMENTS, TAGS) for child in _children(store.path / name)}
 
     def _orphans(self, listed: set[Path]) -> Iterator[str]:
         """Of what was listed before manifests were read, and of what lies in their folders, what no snapshot names."""
-        named = self._catalog.kept | set(self._parts)
-        for folder, part in self._parts.items():
+        named = self.catalog.kept | set(self.parts) | self._tags
+        for folder, part in self.parts.items():
             files = {file.name for file in part.files()}
             listed |= {child for child in _children(folder) if child.name not in files}
             if isinstance(part.record, ExpectedSegment):
@@ -228,7 +231,7 @@ def _children(folder: Path) -> list[Path]:
         return []
 
 
-def _loaded(folder: Path, part: _Part) -> tuple[object, object]:
+def _loaded(folder: Path, part: Part) -> tuple[object, object]:
     """What a space or coarse quantizer says of itself, and what the manifest says. Raises DamageError, FormatError."""
     record = part.record
     if isinstance(record, SpaceRecord):

@@ -37,6 +37,8 @@ class ListsWalk:
         self._n_strange = 0  # labels of no row of the segment
         self._n_seen = 0
         self._ordered = True
+        self._ascending = True
+        self._last = -1  # the label before, of the same list
         nothing = xxhash.xxh3_64_intdigest(b"")
         empty = np.flatnonzero((directory[:, 0] == 0) & (directory[:, 2] != nothing))
         self.damaged = [f"list {number}" for number in empty.tolist()]
@@ -55,6 +57,11 @@ class ListsWalk:
             return
         words = np.frombuffer(piece, "<i8", len(piece) // 8)
         labels = words[np.repeat((low - begin) // 8 - (np.cumsum(counts) - counts), counts) + np.arange(total)]
+        before = np.concatenate(([self._last], labels[:-1]))
+        begins = (low == lists.labels[some]) & (counts > 0)
+        before[(np.cumsum(counts) - counts)[begins]] = -1
+        self._ascending &= bool((labels > before).all())
+        self._last = int(labels[-1])
         self._take_labels(labels)
 
     def _check(self, some: slice, begin: int, piece: memoryview) -> None:
@@ -98,3 +105,5 @@ class ListsWalk:
             raise FindingError("content", f"{differ} labels carry another token than values.bin has at their row")
         if not self._ordered:
             raise FindingError("content", "its raw keys are not in row order")
+        if not self._ascending:
+            raise FindingError("content", "the rows of a list do not ascend")

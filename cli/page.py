@@ -1,0 +1,46 @@
+"""The page that a command shows on stdout: as wide as the terminal, and without colours and rules where stdout is piped."""
+
+import io
+import os
+import sys
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+__all__ = ["GAP", "Page"]
+
+PIPED_WIDTH = 120  # columns, where stdout is no terminal and $COLUMNS does not say
+GAP = 2  # columns between columns
+
+
+class Page:
+    """Collects what a command shows, then prints it. plain: no styles, so words must say what colours would."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # in an encoding without a sign that is shown, a question mark for it
+        self._console = Console(highlight=False, markup=False, emoji=False)
+        if not self._console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+            self._console.width = PIPED_WIDTH
+        self.width = self._console.width
+        self.plain = self._console.color_system is None
+        self._parts: list[RenderableType] = []
+
+    def add(self, *parts: RenderableType) -> None:
+        self._parts += parts
+
+    def table(self, *, headers: bool = True) -> Table:
+        """A table without borders; on a terminal a rule under its headers."""
+        style = box.SIMPLE_HEAD if headers and not self.plain else None
+        return Table(box=style, show_edge=False, show_header=headers, pad_edge=False, padding=(0, GAP if style is None else GAP - 1, 0, 0))
+
+    def print(self) -> None:
+        if not self.plain:
+            for part in self._parts:
+                self._console.print(part)
+            return
+        with self._console.capture() as captured:
+            for part in self._parts:
+                self._console.print(part)
+        sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
