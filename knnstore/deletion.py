@@ -14,7 +14,7 @@ from knnstore.growth import Ground, without_rows
 from knnstore.joining import join_segments
 from knnstore.progress import SILENT, Progress
 from knnstore.storage.catalog import StoreFolder, open_snapshot
-from knnstore.storage.coarse import FLAT_ENTRIES
+from knnstore.storage.coarse import is_listed
 from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.jobs import run_attempt
 from knnstore.storage.manifest import Operation, SegmentRecord
@@ -177,7 +177,7 @@ class _Deletion:
                 n_live = segment.record.n_live()
                 if not n_live:
                     continue  # it is dropped whole
-                coarse = segment.coarse if n_live >= FLAT_ENTRIES else None
+                coarse = segment.coarse if is_listed(n_live, segment.coarse) else None
                 keys = segment.content.keys
                 joined = join_segments(job / "segments", [segment], space=segment.space, coarse=coarse, keys=keys, advance=stage.advance)
                 staged.append(staged_segment(joined))

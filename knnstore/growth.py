@@ -17,7 +17,7 @@ from knnstore.joining import join_segments, kept_type, size_tiers
 from knnstore.progress import SILENT, Progress
 from knnstore.sampling import mean_distortion, sample_keys, sample_rotated
 from knnstore.storage.catalog import StoreFolder
-from knnstore.storage.coarse import FLAT_ENTRIES, Coarse, choose_nlist, save_coarse, train_coarse
+from knnstore.storage.coarse import Coarse, choose_nlist, is_listed, save_coarse, train_coarse
 from knnstore.storage.files import disk
 from knnstore.storage.manifest import IndexOptions, Manifest, SegmentRecord
 from knnstore.storage.rows import RangeSet, as_ranges
@@ -79,8 +79,17 @@ class Ground:
         """Space and lists for n_new entries, by a sample of their keys, (n, dim) float32: what the store has where that serves them."""
         options = self.manifest.index
         space = self._choose_space(sample, n_new, options)
-        n_all = n_new + sum(record.n_live() for record in self.manifest.segments if record.content.space == space.id)
-        return space, None if n_new < FLAT_ENTRIES else self.choose_coarse(space, space.rotate(sample), n_all)
+        if not is_listed(n_new, self.largest_coarse(space)):
+            return space, None
+        return space, self.choose_coarse(space, space.rotate(sample), n_new + self.n_live(space))
+
+    def n_live(self, space: Space) -> int:
+        """Entries of a space that count."""
+        return sum(record.n_live() for record in self.manifest.segments if record.content.space == space.id)
+
+    def largest_coarse(self, space: Space) -> Coarse | None:
+        """The coarse quantizer of a space with the most lists."""
+        return max((item for item in self.coarse.values() if item.space == space.id), key=lambda item: item.nlist, default=None)
 
     def _choose_space(self, sample: Keys, n_new: int, options: IndexOptions) -> Space:
         trained = [space for space in self.spaces.values() if space.codec is not Codec.RAW]
@@ -106,12 +115,12 @@ class Ground:
 
     def choose_coarse(self, space: Space, rotated: Keys, n_all: int) -> Coarse:
         """The largest coarse quantizer of a space, or a new one where n_all entries have outgrown it. rotated: a sample of what comes."""
-        known = max((item for item in self.coarse.values() if item.space == space.id), key=lambda item: item.nlist, default=None)
+        known = self.largest_coarse(space)
         nlist = choose_nlist(n_all)
         if known is not None and nlist < 2 * known.nlist:
             return known
         old = [segment for segment in self.segments if segment.space.id == space.id]
-        n_old = sum(segment.record.n_live() for segment in old)
+        n_old = self.n_live(space)
         wanted = sample_size(n_all, space.dim)
         n_decoded = min(n_old, wanted * n_old // max(1, n_all))
         seed = self.manifest.index.seed
@@ -187,10 +196,12 @@ def _coarse_of(job: Path, ground: Ground, parts: Sequence[Segment], index: Index
     """The lists of what parts are joined to; a coarse quantizer that is trained for it is staged beside the job's others."""
     space, coarse = index
     n = sum(part.record.n_live() for part in parts)
-    if n < FLAT_ENTRIES or coarse is not None:
-        return coarse if n >= FLAT_ENTRIES else None
+    if not is_listed(n, coarse or ground.largest_coarse(space)):
+        return None
+    if coarse is not None:
+        return coarse
     sample = sample_rotated(parts, space, min(n, sample_size(n, space.dim)), seed=ground.manifest.index.seed)
-    coarse = ground.choose_coarse(space, sample, n)
+    coarse = ground.choose_coarse(space, sample, max(n, ground.n_live(space)))
     folder = job / "index" / "coarse" / coarse.id
     if coarse.id not in ground.coarse and not folder.exists():
         save_coarse(coarse, folder)

@@ -1,8 +1,8 @@
-"""key → rotate → lists → top k of each segment → top k over segments.
+"""key → rotate → lists → top k of each stack of segments → top k over all.
 
-Distances are squared L2. A segment's mean distortion is added to its code distances, so that segments of different spaces
-compare. Results are sorted by (distance, segment, row). FastScan compares 16-bit sums, so among entries tied at the k-th
-distance any may be kept; exact search keeps the smallest (segment, row).
+Distances are squared L2. The mean distortion of a space's entries is added to the distances of their codes, so that spaces
+compare. Results are sorted by (distance, segment, row). FastScan compares 16-bit sums, so among entries tied at the k-th distance any
+may be kept; exact search keeps the smallest (segment, row).
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from knnstore.errors import InvalidArgumentError
 from knnstore.format import TOKEN_BITS
-from knnstore.storage.lists import labels_of, rows_of, tokens_of
-from knnstore.storage.rows import RangeSet, contains, count
+from knnstore.storage.lists import MEMBER_SHIFT, labels_of, rows_of, tokens_of
+from knnstore.storage.rows import RangeSet, as_ranges, contains, count
 from knnstore.storage.segment import Segment
+from knnstore.storage.space import Space
+from knnstore.storage.stack import Stack
 
 __all__ = ["MAX_K", "Hits", "check_breadth", "check_keys", "search"]
 
@@ -68,97 +70,170 @@ def check_breadth(k: int, nprobe: int) -> None:
 
 
 def search(
-    segments: Sequence[Segment], allowed: Sequence[RangeSet | None], keys: Keys, *, k: int, nprobe: int, exact: bool = False
+    segments: Sequence[Segment],
+    allowed: Sequence[RangeSet | None],
+    keys: Keys,
+    *,
+    k: int,
+    nprobe: int,
+    exact: bool = False,
+    stacks: Sequence[Stack] | None = None,
 ) -> Hits:
     """The k nearest entries of each key among the rows that are allowed.
 
-    allowed: for each segment the rows that count, None for all. keys: (n, dim) float32, checked. exact: by kept keys.
+    allowed: for each segment the rows that count, None for all. keys: (n, dim) float32, checked. exact: by kept keys. stacks: how the
+    segments are searched together, None for each by itself.
     Raises InvalidArgumentError for k, nprobe out of range, or exact search where keys were not kept; DamageError.
     """
     check_breadth(k, nprobe)
-    parts = [(i, segment, rows) for i, (segment, rows) in enumerate(zip(segments, allowed, strict=True)) if rows is None or len(rows)]
+    parts: Sequence[_Part | _ExactPart]
+    if exact:
+        pairs = enumerate(zip(segments, allowed, strict=True))
+        parts = [_ExactPart(i, segment, rows) for i, (segment, rows) in pairs if rows is None or len(rows)]
+    else:
+        stacks = [Stack([i], [segment]) for i, segment in enumerate(segments)] if stacks is None else stacks
+        parts = [part for part in (_Part.of(stack, allowed) for stack in stacks) if part is not None]
     step = EXACT_QUERIES if exact else max(1, RESULT_CELLS // (k * max(1, len(parts))))
-    pieces = [_search_piece(parts, keys[at : at + step], k, nprobe, exact) for at in range(0, max(1, len(keys)), step)]
+    pieces = [_search_piece(parts, keys[at : at + step], k, nprobe) for at in range(0, max(1, len(keys)), step)]
     if len(pieces) == 1:
         return pieces[0]
     return Hits(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("distances", "values", "segments", "rows")))
 
 
-def _search_piece(parts: Sequence[tuple[int, Segment, RangeSet | None]], keys: Keys, k: int, nprobe: int, exact: bool) -> Hits:
-    n = len(keys)
-    found: list[tuple[int, NDArray[np.float32], Labels]] = []
-    rotated: dict[str, Keys] = {}
-    probes: dict[str, tuple[Keys, Labels]] = {}
-    for number, segment, rows in parts:
-        if exact:
-            found.append((number, *_exact(segment, rows, keys, k)))
-            continue
-        if segment.space.id not in rotated:
-            rotated[segment.space.id] = segment.space.rotate(keys)
-        x = rotated[segment.space.id]
-        probe = _probe(segment, x, nprobe, probes)
-        distances, labels = _segment_top(segment, rows, x, probe, k)
-        distances += np.float32(segment.content.distortion)
-        _sort_ties(distances, labels, segment.content.entries)
-        found.append((number, distances, labels))
-    return _merge(found, n, k)
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one part found for n keys: distances (n, k) ascending, places of segments, labels; inf and -1 where fewer count."""
+
+    distances: NDArray[np.float32]
+    segments: NDArray[np.int32]
+    labels: Labels
 
 
-def _probe(segment: Segment, x: Keys, nprobe: int, known: dict[str, tuple[Keys, Labels]]) -> tuple[Keys, Labels]:
-    """Lists to search, and distances to their centroids; shared by segments of one coarse quantizer."""
-    if segment.coarse is None:
-        return np.zeros((len(x), 1), np.float32), np.zeros((len(x), 1), np.int64)
-    if segment.coarse.id not in known:
-        known[segment.coarse.id] = segment.coarse.probe(x, min(nprobe, segment.coarse.nlist))
-    return known[segment.coarse.id]
+class _Known:
+    """What the parts of one search share: rotated keys by space, probed lists by coarse quantizer."""
+
+    def __init__(self, keys: Keys, nprobe: int) -> None:
+        self.keys, self._nprobe = keys, nprobe
+        self._rotated: dict[str, Keys] = {}
+        self._probes: dict[str, tuple[Keys, Labels]] = {}
+
+    def rotated(self, space: Space) -> Keys:
+        if space.id not in self._rotated:
+            self._rotated[space.id] = space.rotate(self.keys)
+        return self._rotated[space.id]
+
+    def probe(self, segment: Segment) -> tuple[Keys, Labels]:
+        """Distances to the centroids of the lists to search, and the lists' numbers, (n, lists)."""
+        x, coarse = self.rotated(segment.space), segment.coarse
+        if coarse is None:
+            return np.zeros((len(x), 1), np.float32), np.zeros((len(x), 1), np.int64)
+        if coarse.id not in self._probes:
+            self._probes[coarse.id] = coarse.probe(x, min(self._nprobe, coarse.nlist))
+        return self._probes[coarse.id]
 
 
-def _segment_top(
-    segment: Segment, rows: RangeSet | None, x: Keys, probe: tuple[Keys, Labels], k: int
-) -> tuple[NDArray[np.float32], Labels]:
-    """Distances without distortion and labels, (n, k), ascending; inf and -1 where fewer count."""
-    segment.lists.check(probe[1])
-    if rows is None or len(rows) <= MAX_SELECTOR_RANGES:
-        return _faiss_top(segment, x, probe, k, rows)
-    return _filtered_top(segment, rows, x, probe, k)
+@dataclass(frozen=True, slots=True)
+class _ExactPart:
+    """A segment to be searched by its kept keys."""
+
+    number: int
+    segment: Segment
+    rows: RangeSet | None
+
+    def top(self, known: _Known, k: int) -> _Found:
+        distances, labels = _exact(self.segment, self.rows, known.keys, k)
+        return _Found(distances, np.where(labels >= 0, np.int32(self.number), np.int32(-1)), labels)
 
 
-def _filtered_top(segment: Segment, rows: RangeSet, x: Keys, probe: tuple[Keys, Labels], k: int) -> tuple[NDArray[np.float32], Labels]:
-    """Fetches more than k and keeps the rows that count; queries left with too few are asked again, for more."""
-    distances, labels = np.full((len(x), k), np.inf, np.float32), np.full((len(x), k), -1, np.int64)
-    most = int(segment.lists.sizes[probe[1]].sum(axis=1).max(initial=1))  # entries of the lists that are searched
-    fetch = min(most, k + k * segment.content.entries // count(rows))
-    pending = np.arange(len(x))
-    while len(pending):
-        step = max(1, RESULT_CELLS // fetch)
-        short = []
-        for at in range(0, len(pending), step):
-            some = pending[at : at + step]
-            near, found = _faiss_top(segment, x[some], (probe[0][some], probe[1][some]), fetch, None)
-            counts = contains(rows, rows_of(found))  # (some, fetch); not where nothing was found
-            order = np.argsort(~counts, axis=1, kind="stable")[:, :k]
-            kept, width = np.take_along_axis(counts, order, 1), order.shape[1]
-            distances[some, :width] = np.where(kept, np.take_along_axis(near, order, 1), np.float32(np.inf))
-            labels[some, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
-            short.append(some[(counts.sum(axis=1) < k) & (found[:, -1] >= 0)])
-        if fetch == most:
-            break
-        pending, fetch = np.concatenate(short), min(4 * fetch, most)
-    return distances, labels
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stack to be searched. members: those of its segments that have rows that count. ranges: the labels that count, None for all.
+
+    share: how many of the members' entries count.
+    """
+
+    stack: Stack
+    members: tuple[int, ...]
+    ranges: RangeSet | None
+    share: float
+
+    @classmethod
+    def of(cls, stack: Stack, allowed: Sequence[RangeSet | None]) -> "_Part | None":
+        rows = [allowed[number] for number in stack.numbers.tolist()]
+        members = tuple(i for i, some in enumerate(rows) if some is None or len(some))
+        if not members:
+            return None
+        if all(rows[i] is None for i in members):
+            return cls(stack, members, None, 1.0)
+        wholes = [rows[i] if rows[i] is not None else as_ranges([(0, stack.members[i].content.entries)]) for i in members]
+        ranges = [(some << TOKEN_BITS) + (i << MEMBER_SHIFT) for i, some in zip(members, wholes, strict=True)]
+        n_all = sum(stack.members[i].content.entries for i in members)
+        return cls(stack, members, np.concatenate(ranges), sum(map(count, wholes)) / n_all)
+
+    def top(self, known: _Known, k: int) -> _Found:
+        """The k nearest; entries of equal distance in any order."""
+        x = known.rotated(self.stack.members[0].space)
+        lists, nearness = [], []
+        for i in self.members:
+            segment = self.stack.members[i]
+            near, numbers = known.probe(segment)
+            segment.lists.check(numbers)
+            lists.append(np.where(numbers >= 0, numbers + self.stack.bases[i], -1))
+            nearness.append(near)
+        probe = np.concatenate(nearness, axis=1), np.concatenate(lists, axis=1)
+        if self.ranges is None or len(self.ranges) <= MAX_SELECTOR_RANGES:
+            distances, labels = _faiss_top(self.stack, x, probe, k, self.ranges)
+        else:
+            distances, labels = self._filtered_top(x, probe, k)
+        distances += np.float32(self.stack.distortion)
+        return _Found(distances, *self.stack.numbers_of(labels))
+
+    def _filtered_top(self, x: Keys, probe: tuple[Keys, Labels], k: int) -> tuple[NDArray[np.float32], Labels]:
+        """Fetches more than k and keeps the labels that count; queries left with too few are asked again, for more."""
+        assert self.ranges is not None, "said by top"
+        distances, labels = np.full((len(x), k), np.inf, np.float32), np.full((len(x), k), -1, np.int64)
+        sizes = np.append(self.stack.sizes, 0)  # of list -1 too
+        most = max(1, int(sizes[probe[1]].sum(axis=1).max(initial=1)))  # entries of the lists that are searched
+        fetch = min(most, k + int(k / self.share))
+        pending = np.arange(len(x))
+        while len(pending):
+            step = max(1, RESULT_CELLS // fetch)
+            short = []
+            for at in range(0, len(pending), step):
+                some = pending[at : at + step]
+                near, found = _faiss_top(self.stack, x[some], (probe[0][some], probe[1][some]), fetch, None)
+                counts = contains(self.ranges, found)  # (some, fetch); not where nothing was found
+                order = np.argsort(~counts, axis=1, kind="stable")[:, :k]
+                kept, width = np.take_along_axis(counts, order, 1), order.shape[1]
+                distances[some, :width] = np.where(kept, np.take_along_axis(near, order, 1), np.float32(np.inf))
+                labels[some, :width] = np.where(kept, np.take_along_axis(found, order, 1), -1)
+                short.append(some[(counts.sum(axis=1) < k) & (found[:, -1] >= 0)])
+            if fetch == most:
+                break
+            pending, fetch = np.concatenate(short), min(4 * fetch, most)
+        return distances, labels
 
 
-def _faiss_top(segment: Segment, x: Keys, probe: tuple[Keys, Labels], k: int, rows: RangeSet | None) -> tuple[NDArray[np.float32], Labels]:
+def _search_piece(parts: "Sequence[_Part | _ExactPart]", keys: Keys, k: int, nprobe: int) -> Hits:
+    known = _Known(keys, nprobe)
+    found = _merge([part.top(known, k) for part in parts], len(keys), k)
+    _sort_ties(found)
+    return Hits(found.distances, tokens_of(found.labels), found.segments, rows_of(found.labels))
+
+
+def _faiss_top(stack: Stack, x: Keys, probe: tuple[Keys, Labels], k: int, ranges: RangeSet | None) -> tuple[NDArray[np.float32], Labels]:
+    """Distances without distortion and labels, (n, k), ascending; inf and -1 where fewer count. ranges: of labels."""
     n = len(x)
     distances, labels = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     parameters = faiss.SearchParametersIVF(nprobe=probe[1].shape[1])
-    if rows is not None:
-        selectors = [faiss.IDSelectorRange(int(first) << TOKEN_BITS, int(stop) << TOKEN_BITS) for first, stop in rows]
+    if ranges is not None:
+        selectors = [faiss.IDSelectorRange(int(first), int(stop)) for first, stop in ranges]
         chain = [selectors[0]]  # faiss keeps bare pointers: every link must live until the search is done
         for selector in selectors[1:]:
             chain.append(faiss.IDSelectorOr(chain[-1], selector))
         parameters = faiss.SearchParametersIVF(nprobe=probe[1].shape[1], sel=chain[-1])
     lists, centroid_distances = np.ascontiguousarray(probe[1]), np.ascontiguousarray(probe[0])
-    segment.index.search_preassigned_c(
+    stack.index.search_preassigned_c(
         n,
         faiss.swig_ptr(x),
         k,
@@ -173,8 +248,9 @@ def _faiss_top(segment: Segment, x: Keys, probe: tuple[Keys, Labels], k: int, ro
     return distances, labels
 
 
-def _sort_ties(distances: NDArray[np.float32], labels: Labels, n_rows: int) -> None:
-    """Puts labels of equal distance in row order, in place. distances: (n, k), ascending in each row."""
+def _sort_ties(found: _Found) -> None:
+    """Puts what has equal distance in order of (segment, row), in place."""
+    distances, labels = found.distances, found.labels
     equal = distances[:, 1:] == distances[:, :-1]
     equal &= labels[:, 1:] >= 0
     if not equal.any():
@@ -186,32 +262,23 @@ def _sort_ties(distances: NDArray[np.float32], labels: Labels, n_rows: int) -> N
     begins[:, 1:] &= ~equal
     at = np.flatnonzero(tied)
     group = np.cumsum(begins.reshape(-1)[at])
-    flat = labels.reshape(-1)
-    of_group = flat[at]
-    row_bits = max(1, n_rows.bit_length())
-    if row_bits + int(group[-1]).bit_length() < 63:
-        order = np.argsort((group << row_bits) | rows_of(of_group))
-    else:
-        order = np.lexsort((of_group, group))
-    flat[at] = of_group[order]
+    for_sorting = labels.reshape(-1)[at], found.segments.reshape(-1)[at]
+    order = np.lexsort((*for_sorting, group))
+    labels.reshape(-1)[at], found.segments.reshape(-1)[at] = for_sorting[0][order], for_sorting[1][order]
 
 
-def _merge(found: Sequence[tuple[int, NDArray[np.float32], Labels]], n: int, k: int) -> Hits:
-    """The k smallest over segments by (distance, segment, row); each part is sorted by (distance, row)."""
+def _merge(found: Sequence[_Found], n: int, k: int) -> _Found:
+    """The k smallest over parts; where distances are equal, parts that come first."""
     if not found:
         nothing = np.full((n, k), -1, np.int64)
-        return Hits(np.full((n, k), np.inf, np.float32), nothing.astype(np.int32), nothing.astype(np.int32), nothing)
+        return _Found(np.full((n, k), np.inf, np.float32), nothing.astype(np.int32), nothing)
     if len(found) == 1:
-        number, distances, labels = found[0]
-        segments = np.where(labels >= 0, np.int32(number), np.int32(-1))
-        return Hits(distances, tokens_of(labels), segments, rows_of(labels))
-    all_distances = np.concatenate([distances for _, distances, _ in found], axis=1)
-    all_labels = np.concatenate([labels for _, _, labels in found], axis=1)
-    order = np.argsort(all_distances, axis=1, kind="stable")[:, :k]  # stable: equal distances stay in segment order
-    distances, labels = np.take_along_axis(all_distances, order, 1), np.take_along_axis(all_labels, order, 1)
-    numbers = np.array([number for number, _, _ in found], np.int32)
-    segments = np.where(labels >= 0, numbers[order // k], np.int32(-1))
-    return Hits(distances, tokens_of(labels), segments, rows_of(labels))
+        return found[0]
+    distances, segments, labels = (
+        np.concatenate([getattr(part, name) for part in found], axis=1) for name in ("distances", "segments", "labels")
+    )
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return _Found(*(np.take_along_axis(array, order, 1) for array in (distances, segments, labels)))
 
 
 def _exact(segment: Segment, rows: RangeSet | None, keys: Keys, k: int) -> tuple[NDArray[np.float32], Labels]:

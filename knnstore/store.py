@@ -1,7 +1,7 @@
 """`Datastore`: one snapshot of a datastore, open for reading. It delegates; the work is done in the modules it names."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import Any, Self
 from numpy.typing import ArrayLike
 
 from knnstore import filters, inspection
-from knnstore.errors import InvalidArgumentError
+from knnstore.errors import InvalidArgumentError, NotFoundError
 from knnstore.neighbors import Neighbors
 from knnstore.search import check_keys, search
 from knnstore.storage.catalog import Pin, StoreFolder, open_snapshot
 from knnstore.storage.manifest import Manifest
 from knnstore.storage.segment import Segment, open_segments
+from knnstore.storage.stack import Stack, stacks_of
 
-__all__ = ["Datastore", "DocumentEntry", "open_store"]
+__all__ = ["Datastore", "DocumentEntry", "open_made", "open_store"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,11 @@ class Datastore:
     def segments(self) -> tuple[Segment, ...]:
         """The segments in the manifest's order; files are opened at first use."""
         return open_segments(self._folder, self.manifest)
+
+    @cached_property
+    def stacks(self) -> list[Stack]:
+        """How the segments are searched together."""
+        return stacks_of(self.segments)
 
     @property
     def snapshot(self) -> int:
@@ -93,6 +99,7 @@ class Datastore:
             k=self.manifest.k if k is None else k,
             nprobe=self.manifest.nprobe if nprobe is None else nprobe,
             exact=exact,
+            stacks=self.stacks,
         )
         log_weights = filters.log_weights(segments, weights, hits.segments, hits.rows)
         return Neighbors(hits.distances, hits.values, hits.segments, hits.rows, log_weights, segments)
@@ -105,6 +112,12 @@ class Datastore:
     def info(self) -> dict[str, Any]:
         """Sizes, spaces, checkpoint and calibration, as `knnstore info --json` prints them."""
         return inspection.store_info(self.path, self.manifest)
+
+    def append(self, corpora: str | Path | Sequence[str | Path], **options: Any) -> "Datastore":
+        """As `knnstore.append`, to this datastore as it is now. Returns it at the next snapshot; this handle stays as it was."""
+        import knnstore  # the front door: what adds text is above this floor
+
+        return knnstore.append(self._folder.path, corpora, **options)
 
     def close(self) -> None:
         """Gives the snapshot free. The datastore cannot be used after."""
@@ -140,3 +153,11 @@ def open_store(path: str | Path, *, snapshot: int | str | None = None) -> Datast
     folder = Path(path)
     manifest, pin = open_snapshot(StoreFolder(folder), snapshot)
     return Datastore(folder, manifest, pin)
+
+
+def open_made(path: str | Path, snapshot: int) -> Datastore:
+    """The snapshot that was made, or the newest where a gc has removed it already."""
+    try:
+        return open_store(path, snapshot=snapshot)
+    except NotFoundError:
+        return open_store(path)

@@ -16,11 +16,12 @@ from knnstore.format import CENTROIDS_FILE, HEADER_SIZE, DType, Kind, parse_head
 from knnstore.storage.arrays import map_file, read_array, write_array
 from knnstore.storage.files import disk
 
-__all__ = ["FLAT_ENTRIES", "Coarse", "choose_nlist", "load_coarse", "save_coarse", "train_coarse"]
+__all__ = ["FLAT_ENTRIES", "Coarse", "choose_nlist", "is_listed", "load_coarse", "save_coarse", "train_coarse"]
 
 Keys = NDArray[np.float32]
 
 FLAT_ENTRIES = 32_768  # entries under which a segment is one list: scanning it costs less than choosing lists
+SMALLEST_LISTED = 4_096  # entries: a flat list of fewer is a tenth of what a query of a large store scans
 MAX_NLIST = 65_536  # more centroids than this need a graph to search them
 SAMPLES_PER_LIST = 64  # sampled keys a centroid is trained on
 KMEANS_ITERATIONS = 10  # more change recall by less than the sample does
@@ -31,6 +32,14 @@ def choose_nlist(n_entries: int) -> int:
     if n_entries < FLAT_ENTRIES:
         return 1
     return int(min(MAX_NLIST, 1 << math.ceil(math.log2(math.sqrt(n_entries)))))
+
+
+def is_listed(n_entries: int, known: "Coarse | None") -> bool:
+    """Whether a segment of so many entries gets lists. known: a coarse quantizer that is there already, which costs nothing more.
+
+    With two entries a list, its file is several times larger than one flat list; it is scanned in a fraction of the time.
+    """
+    return n_entries >= FLAT_ENTRIES or (known is not None and n_entries >= max(SMALLEST_LISTED, 2 * known.nlist))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ entries it has, where it begins, and the xxh3-64 of its bytes, which is compared
 """
 
 import ctypes
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,14 @@ from knnstore.format import (
 from knnstore.storage.arrays import map_file, read_array, write_array
 from knnstore.storage.blocks import block_bytes, faiss_packs_alike, pack, unpack
 from knnstore.storage.files import FileWriter
+from knnstore.storage.rows import RangeSet, contains
 from knnstore.storage.space import Space
 
-__all__ = ["MappedLists", "entry_bytes", "labels_of", "rows_of", "tokens_of", "write_lists"]
+__all__ = ["MEMBER_SHIFT", "MappedLists", "entry_bytes", "labels_of", "rows_of", "stacked_index", "tokens_of", "write_lists"]
 
 Labels = NDArray[np.int64]
+
+MEMBER_SHIFT = TOKEN_BITS + 32  # in memory only: where the number of a segment stands in a label; its rows are below 2**32
 
 _GROUP = 65_536  # entries packed at a time: stays in the cache, bounds the memory of writing
 
@@ -161,14 +165,14 @@ class MappedLists:
         header = parse_header(self._raw[:HEADER_SIZE].tobytes(), str(self.path), kind=Kind.LISTS, owner=owner)
         self.sizes = directory[:, 0].astype(np.int64)  # what is larger than an int64 becomes negative
         self.offsets = directory[:, 1].astype(np.int64)
-        self._capacities = _padded(self.sizes)
+        self.capacities = _padded(self.sizes)
         self._checks = directory[:, 2]
         if (
             (header.rows, header.columns, header.codec) != (n_entries, self._width, space.codec)
             or ((self.sizes < 0) | (self.sizes > n_entries)).any()
             or int(self.sizes.sum()) != n_entries
             or ((self.offsets < HEADER_SIZE) | (self.offsets > size) | (self.offsets % ALIGNMENT != 0)).any()
-            or (self.offsets + self._capacities * (self._width + 8) > size).any()
+            or (self.offsets + self.capacities * (self._width + 8) > size).any()
         ):
             raise DamageError(f"{self.path}: it does not fit its directory. Run `knnstore verify`.")
         self._seen = np.zeros(nlist, dtype=bool)
@@ -177,6 +181,10 @@ class MappedLists:
     @property
     def nlist(self) -> int:
         return len(self.sizes)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._raw.nbytes
 
     def check(self, numbers: NDArray[np.int64]) -> None:
         """Compares the checksums of these lists (any shape, -1 ignored) if this process has not yet. Raises DamageError."""
@@ -191,7 +199,7 @@ class MappedLists:
 
     def _bytes(self, number: int) -> NDArray[np.uint8]:
         begin = int(self.offsets[number])
-        return self._raw[begin : begin + int(self._capacities[number]) * (self._width + 8)]
+        return self._raw[begin : begin + int(self.capacities[number]) * (self._width + 8)]
 
     def entries(self, number: int) -> tuple[NDArray[np.uint8], Labels]:
         """One list's codes as encoded (n, code_size) u8 and labels (n,) int64, checked."""
@@ -200,12 +208,12 @@ class MappedLists:
         return self._codes(number, 0, n), self._labels(number)
 
     def _labels(self, number: int) -> Labels:
-        cut = int(self._capacities[number]) * self._width
+        cut = int(self.capacities[number]) * self._width
         return self._bytes(number)[cut:].view("<i8")[: int(self.sizes[number])]
 
     def _codes(self, number: int, lo: int, hi: int) -> NDArray[np.uint8]:
         """Codes of the entries [lo, hi) of a list, (hi - lo, code_size) u8."""
-        codes = self._bytes(number)[: int(self._capacities[number]) * self._width]
+        codes = self._bytes(number)[: int(self.capacities[number]) * self._width]
         if self._space.codec is not Codec.PQ4:
             return codes.reshape(-1, self._width)[lo:hi]
         first, blocks = lo // BLOCK_ENTRIES, codes.reshape(-1, block_bytes(self._space.n_sub))
@@ -226,32 +234,45 @@ class MappedLists:
                 lists[rows] = number
         return codes, lists
 
+    def codes_in(self, ranges: RangeSet) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Rows (n,) and codes as encoded (n, code_size) u8 of all rows in ranges, ascending, checked. Looks at every list once.
+
+        Memory: what it returns, 8 bytes an entry of the longest list, and 65,536 codes.
+        """
+        self.check(np.arange(self.nlist))
+        found_rows, found_codes = [np.zeros(0, np.int64)], [np.zeros((0, self._space.code_size), np.uint8)]
+        for number in np.flatnonzero(self.sizes).tolist():
+            rows = rows_of(self._labels(number))
+            places = np.flatnonzero(contains(ranges, rows))
+            for begin in np.unique(places // _GROUP * _GROUP).tolist():
+                some = places[(places >= begin) & (places < begin + _GROUP)]
+                found_rows.append(rows[some])
+                found_codes.append(self._codes(number, int(some[0]), int(some[-1]) + 1)[some - some[0]])
+        joined = np.concatenate(found_rows)
+        order = np.argsort(joined)
+        return joined[order], np.concatenate(found_codes)[order]
+
     def index(self) -> Any:
         """A faiss index over these lists, to be searched with `search_preassigned_c` only (it has no centroids).
 
         Where the installed faiss packs 4-bit codes otherwise than this format, the lists are repacked in memory.
         """
-        space = self._space
-        if space.codec is Codec.PQ4 and not faiss_packs_alike(space.n_sub):
+        if self._space.codec is Codec.PQ4 and not faiss_packs_alike(self._space.n_sub):
             return self._repacked()
-        quantizer = faiss.IndexFlatL2(space.dim)
-        if space.codec is Codec.RAW:
-            shell = faiss.IndexIVFFlat(quantizer, space.dim, self.nlist)
-        elif space.codec is Codec.PQ4:
-            shell = faiss.IndexIVFPQFastScan(quantizer, space.dim, self.nlist, space.n_sub, 4, faiss.METRIC_L2, BLOCK_ENTRIES)
-        else:
-            shell = faiss.IndexIVFPQ(quantizer, space.dim, self.nlist, space.n_sub, 8)
-        _finish_shell(shell, space, quantizer)
-        lists = faiss.OnDiskInvertedLists(self.nlist, self._width, str(self.path))
-        lists.read_only = True
-        lists.totsize = self._raw.nbytes
-        _fill(lists, self.sizes, self._capacities, self.offsets)
-        lists.do_mmap()
-        lists.prefetch_nthread = 0
-        shell.replace_invlists(lists, True)
-        lists.this.disown()
-        shell.ntotal = int(self.sizes.sum())
-        return shell
+        return stacked_index(self._space, [self])
+
+    def tagged(self, member: int) -> NDArray[np.uint8]:
+        """A copy of the file in memory, aligned as it is, with a number in the upper bits of every label. Looks at every checksum."""
+        self.check(np.arange(self.nlist))
+        room = np.empty(self._raw.nbytes + ALIGNMENT, np.uint8)
+        copy = room[-room.ctypes.data % ALIGNMENT :][: self._raw.nbytes]
+        copy[:] = self._raw
+        begins = (self.offsets + self.capacities * self._width) // 8
+        shift = np.repeat(begins - np.concatenate(([0], np.cumsum(self.capacities)[:-1])), self.capacities)
+        at = np.arange(len(shift)) + shift
+        labels = copy[: len(copy) // 8 * 8].view("<i8")
+        labels[at] = np.where(labels[at] < 0, labels[at], labels[at] | (member << MEMBER_SHIFT))
+        return copy
 
     def _repacked(self) -> Any:
         """The same over lists in memory, packed by faiss itself from codes as they are encoded. Looks at every list's checksum."""
@@ -268,6 +289,42 @@ class MappedLists:
         return shell
 
 
+def stacked_index(space: Space, members: Sequence[MappedLists]) -> Any:
+    """A faiss index over the lists of several segments, one after the other, to be searched with `search_preassigned_c` only.
+
+    The first segment's lists stay where they are mapped. Those of the others are copied to memory; their labels carry the number of
+    the segment in the upper bits. faiss asks where a list is, counted from where the file is mapped: copies are counted from there too.
+    """
+    first, *others = members
+    nlist = sum(member.nlist for member in members)
+    quantizer = faiss.IndexFlatL2(space.dim)
+    width = entry_bytes(space)
+    if space.codec is Codec.RAW:
+        shell = faiss.IndexIVFFlat(quantizer, space.dim, nlist)
+    elif space.codec is Codec.PQ4:
+        shell = faiss.IndexIVFPQFastScan(quantizer, space.dim, nlist, space.n_sub, 4, faiss.METRIC_L2, BLOCK_ENTRIES)
+    else:
+        shell = faiss.IndexIVFPQ(quantizer, space.dim, nlist, space.n_sub, 8)
+    _finish_shell(shell, space, quantizer)
+    lists = faiss.OnDiskInvertedLists(nlist, width, str(first.path))
+    lists.read_only = True
+    lists.totsize = first.n_bytes
+    lists.do_mmap()
+    lists.prefetch_nthread = 0
+    copies = [member.tagged(number) for number, member in enumerate(others, start=1)]
+    offsets = [first.offsets.astype(np.uint64)]
+    for member, copy in zip(others, copies, strict=True):
+        distance = (copy.ctypes.data - int(lists.ptr)) % (1 << 64)
+        offsets.append(member.offsets.astype(np.uint64) + np.uint64(distance))  # may wrap around, as faiss's own sum will
+    sizes = np.concatenate([member.sizes for member in members])
+    _fill(lists, sizes, np.concatenate([member.capacities for member in members]), np.concatenate(offsets))
+    shell.replace_invlists(lists, True)
+    lists.this.disown()
+    shell.ntotal = int(sizes.sum())
+    shell.referenced_objects += copies
+    return shell
+
+
 def _finish_shell(shell: Any, space: Space, quantizer: Any) -> None:
     """Gives an index the space's centroids, and keeps alive the coarse quantizer that faiss asks for and never uses here."""
     if space.centroids is not None:
@@ -279,7 +336,7 @@ def _finish_shell(shell: Any, space: Space, quantizer: Any) -> None:
     shell.referenced_objects = [quantizer]  # faiss keeps a bare pointer
 
 
-def _fill(lists: Any, sizes: NDArray[np.int64], capacities: NDArray[np.int64], offsets: NDArray[np.int64]) -> None:
+def _fill(lists: Any, sizes: NDArray[np.int64], capacities: NDArray[np.int64], offsets: NDArray[np.uint64]) -> None:
     """Sets size, capacity and offset of every list at once: three u64 a list in the vector's own memory."""
     vector = lists.lists
     vector.resize(len(sizes))
