@@ -7,12 +7,13 @@ import click
 from knnstore import __version__
 
 from .append import append
+from .compaction import compact
 from .completion import completion
 from .create import create
 from .delete import delete
 from .demo import demo
 from .history import diff, gc, restore, tag
-from .inspection import info, snapshots, verify
+from .inspection import info, repair, snapshots, verify
 from .merge import merge
 from .options import write_example
 from .query import query
@@ -53,5 +54,5 @@ def cli() -> None:
     """
 
 
-for command in (create, append, merge, query, delete, info, verify, snapshots, tag, restore, diff, gc, demo, completion):
+for command in (create, append, merge, query, delete, compact, info, verify, repair, snapshots, tag, restore, diff, gc, demo, completion):
     cli.add_command(command)

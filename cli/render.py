@@ -196,17 +196,20 @@ def print_snapshots(listed: Sequence[Mapping[str, Any]]) -> None:
     page.print()
 
 
-def print_verification(store: str, checked_bytes: int, problems: Sequence[Mapping[str, str]]) -> None:
-    """problems: kind, path, detail of each."""
-    page = Page()
+def print_verification(store: str, fields: Mapping[str, Any]) -> None:
+    """fields: as `verify --json` prints them."""
+    page, problems, checked = Page(), fields["problems"], shown_bytes(fields["checked_bytes"])
     if not problems:
-        page.add(Text.assemble(f"{visible(store)}: ", ("no damage", "green"), f" in {shown_bytes(checked_bytes)} checked"))
+        page.add(Text.assemble(f"{visible(store)}: ", ("no damage", "green"), f" in {checked} checked"))
     else:
-        page.add(
-            Text.assemble(f"{visible(store)}: ", (counted(len(problems), "problem"), "bold red"), f", {shown_bytes(checked_bytes)} checked")
-        )
+        page.add(Text.assemble(f"{visible(store)}: ", (counted(len(problems), "problem"), "bold red"), f", {checked} checked"))
         for problem in problems:
             page.add(Text(f"  {problem['kind']}: {visible(problem['path'])}: {visible(problem['detail'])}", overflow="fold"))
+        page.add(Text("What to do: bring these files back from a copy, or let `knnstore repair` go on from the rest."))
+    for sample in fields["samples"]:
+        told = f"{counted(sample['windows'], 'window')} of {counted(sample['entries'], 'entry', 'entries')} computed again"
+        dtype = sample["dtype"] if sample["dtype"] == sample["recorded"] else f"{sample['dtype']}, stored were {sample['recorded']}"
+        page.add(Text(f"  segment {sample['segment']}: {told} ({dtype}): {100 * sample['equal']:.2f}% of sub-codes equal"))
     page.print()
 
 

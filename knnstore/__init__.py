@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from knnstore.history import Difference, diff, restore, tag, tags, untag
     from knnstore.intake import EntryDocument
     from knnstore.lm.append import append
+    from knnstore.lm.checking import verify
     from knnstore.lm.create import create
     from knnstore.lm.knnlm import KnnLM, Step
+    from knnstore.lm.retrain import compact
     from knnstore.merging import merge
     from knnstore.neighbors import Context, Neighbors
+    from knnstore.repairing import RepairReport, repair
     from knnstore.storage.checkpoint import Checkpoint
     from knnstore.storage.manifest import IndexOptions
     from knnstore.storage.tags import Tag
     from knnstore.store import Datastore
     from knnstore.store import open_store as open  # noqa: A004 - the front door's name
-    from knnstore.verification.datastore import verify
 
 _PLACES = {
     "Checkpoint": "knnstore.storage.checkpoint",
@@ -39,11 +41,13 @@ _PLACES = {
     "KnnLM": "knnstore.lm.knnlm",
     "Neighbors": "knnstore.neighbors",
     "Receipt": "knnstore.deletion",
+    "RepairReport": "knnstore.repairing",
     "RowRange": "knnstore.filters",
     "Step": "knnstore.lm.knnlm",
     "Tag": "knnstore.storage.tags",
     "append": "knnstore.lm.append",
     "append_entries": "knnstore.entries",
+    "compact": "knnstore.lm.retrain",
     "create": "knnstore.lm.create",
     "create_from_entries": "knnstore.entries",
     "delete": "knnstore.deletion",
@@ -51,11 +55,12 @@ _PLACES = {
     "gc": "knnstore.collecting",
     "merge": "knnstore.merging",
     "open": "knnstore.store",
+    "repair": "knnstore.repairing",
     "restore": "knnstore.history",
     "tag": "knnstore.history",
     "tags": "knnstore.history",
     "untag": "knnstore.history",
-    "verify": "knnstore.verification.datastore",
+    "verify": "knnstore.lm.checking",
 }
 
 __all__ = [
@@ -69,12 +74,14 @@ __all__ = [
     "KnnLM",
     "Neighbors",
     "Receipt",
+    "RepairReport",
     "RowRange",
     "Step",
     "Tag",
     "__version__",
     "append",
     "append_entries",
+    "compact",
     "create",
     "create_from_entries",
     "delete",
@@ -83,6 +90,7 @@ __all__ = [
     "gc",
     "merge",
     "open",
+    "repair",
     "restore",
     "tag",
     "tags",

@@ -18,6 +18,7 @@ from knnstore.storage.coarse import is_listed
 from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.jobs import run_attempt
 from knnstore.storage.manifest import Operation, SegmentRecord
+from knnstore.storage.manifest_json import canonical
 from knnstore.storage.rows import RangeSet, as_ranges, contains, count, subtract
 from knnstore.storage.segment import Segment
 
@@ -84,6 +85,10 @@ def delete(
     for name, given in (("documents", documents), ("where", where)):
         if given is not None and not given:  # not the same as leaving it out, which with a domain means all of it
             raise InvalidArgumentError(f"{name}: empty. Name what to delete, or leave it out to delete a whole domain.")
+    try:
+        canonical(dict(where or {}))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"where: {error}. Metadata is JSON; compare it with strings, numbers, lists.") from error
     store = StoreFolder(Path(path))
     for attempt in range(_TRIES):
         base, pin = open_snapshot(store)

@@ -52,7 +52,7 @@ class NotFoundError(KnnstoreError):
 
 
 class ExistsError(KnnstoreError):
-    """A datastore is there already, or an unfinished one that was begun with other arguments."""
+    """A datastore, document or tag is there already, or an unfinished datastore that was begun with other arguments."""
 
     exit_code = 4
 

@@ -12,6 +12,7 @@ from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.format import CONTEXTS_FILE, MAX_VOCABULARY, Codec
 from knnstore.sampling import has_keys, unrotated
 from knnstore.storage.coarse import Coarse
+from knnstore.storage.contexts import ContextsReader
 from knnstore.storage.files import disk
 from knnstore.storage.manifest import SegmentRecord
 from knnstore.storage.rows import as_ranges, complement, contains, intersect
@@ -130,7 +131,7 @@ def join_segments(
         folder,
         uuid=folder.name,
         n_documents=n_documents,
-        text=any(content.text for content in contents),
+        text=any(content.text for content in contents) and _has_text(folder, n_rows),
         space=space,
         coarse=coarse,
         keys=keys,
@@ -140,6 +141,15 @@ def join_segments(
     )
     disk.sync_folder(parent)
     return StagedSegment(folder, runs)
+
+
+def _has_text(folder: Path, n_rows: int) -> bool:
+    """Whether any of the copied documents has text: those of the parts that had may be dead."""
+    reader = ContextsReader(folder / CONTEXTS_FILE, n_rows=n_rows)
+    try:
+        return any(True for _ in reader.packed_frames(0, n_rows))
+    finally:
+        reader.close()
 
 
 def copy_documents(parent: Path, parts: Sequence[Segment]) -> tuple[Path, tuple[tuple[str, int, int], ...], int]:

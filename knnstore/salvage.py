@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from knnstore.errors import DamageError
 from knnstore.format import COARSE, CONTEXTS_FILE, CURRENT_FILE, LOCK_FILE, MANIFESTS, SEGMENTS, SPACES, STORE_FILE, TAGS
+from knnstore.quarantine import LostDocument
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.contexts import ContextsReader, id_hash
 from knnstore.storage.files import sha256_file
@@ -21,21 +22,12 @@ from knnstore.storage.rows import as_ranges
 from knnstore.storage.segment import read_segment_content
 from knnstore.verification.contexts import DocumentRows
 from knnstore.verification.datastore import Examination, Problem
-from knnstore.verification.documents import Names, live_records, misfits
+from knnstore.verification.documents import LiveRecords, Names, domain_seed, is_whole, live_records, misfits
 from knnstore.verification.files import FindingError, check_plain
 
-__all__ = ["Damage", "LostDocument", "Salvage", "documents_beside", "find_damage", "salvage"]
+__all__ = ["Damage", "Salvage", "documents_beside", "find_damage", "salvage"]
 
 Rows = Mapping[str, DocumentRows]  # by uuid of the segment
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LostDocument:
-    """A document that a repair loses. domain: None where only a damaged manifest knew it. entries: of its parts that can be read."""
-
-    domain: str | None
-    id: str
-    entries: int
 
 
 @dataclass(slots=True)
@@ -86,21 +78,28 @@ def find_damage(store: StoreFolder, problems: Iterable[Problem]) -> Damage:
 class Salvage:
     """What a repair goes on from: a manifest, and of its segments those that are sound, with the rows that are dead in them now.
 
-    documents: how many each domain has left. hashes: of their ids, u64. lost: documents that the newest snapshot has besides, by name.
-    unnamed: by domain, how many more, whose names cannot be read. entries_before: of the newest snapshot.
+    documents: how many each domain has left. keys, hashes: u64, of domain and id, and of the id, of each record left. lost: documents that
+    the newest snapshot has besides, by name. unnamed: by domain, how many more, whose names cannot be read.
     """
 
     base: Manifest
     segments: tuple[SegmentRecord, ...]
     documents: dict[str, int]
+    keys: NDArray[np.uint64]
     hashes: NDArray[np.uint64]
     lost: tuple[LostDocument, ...]
     unnamed: dict[str, int]
-    entries_before: int
 
     def changes(self) -> bool:
         """Whether a snapshot of it would be another than its base."""
         return self.segments != self.base.segments or self.documents != {domain: n for domain, n in self.base.documents.items() if n}
+
+    def has(self, document: LostDocument) -> bool:
+        """Whether a document is there after all; where its domain is not known, whether its id is."""
+        wanted = id_hash(document.id)
+        if document.domain is None:
+            return bool((self.hashes == np.uint64(wanted)).any())
+        return bool((self.keys == np.uint64(wanted ^ domain_seed(document.domain))).any())
 
 
 def salvage(store: StoreFolder, examination: Examination, damage: Damage) -> Salvage:
@@ -113,7 +112,7 @@ def salvage(store: StoreFolder, examination: Examination, damage: Damage) -> Sal
         newest = newest or manifest
         kept = [segment for segment in manifest.segments if _is_sound(store, segment, examination, damage)]
         spaces = [space for space in manifest.spaces if store.space(space.id) not in damage.parts]
-        if kept or (spaces and not manifest.segments):
+        if kept or (not manifest.segments and len(spaces) >= min(1, len(manifest.spaces))):
             return _salvage(store, newest, manifest, kept, examination.documents)
     what = "no segment of any snapshot is whole" if newest is not None else "no manifest is whole"
     raise DamageError(
@@ -162,10 +161,10 @@ def _salvage(store: StoreFolder, newest: Manifest, base: Manifest, kept: Sequenc
         base=base,
         segments=segments,
         documents=live.counts(),
+        keys=live.keys,
         hashes=np.concatenate([np.zeros(0, np.uint64), *hashes]),
         lost=tuple(LostDocument(domain=domain, id=name, entries=n) for (domain, name), n in sorted(lost.items())),
         unnamed=unnamed,
-        entries_before=sum(segment.n_live() for segment in newest.segments),
     )
 
 
@@ -181,18 +180,27 @@ def _with_whole_dead(segment: SegmentRecord, rows: Rows) -> SegmentRecord:
 
 
 def _with_whole_documents(store: StoreFolder, segments: Sequence[SegmentRecord], rows: Rows) -> tuple[SegmentRecord, ...]:
-    """Segments in which documents are dead that are there twice, or not with all of their parts; without those in which all are dead."""
+    """Segments in which documents are dead that are not there with all of their parts, and of those that are there twice all but one copy;
+    without the segments in which all are dead."""
     live = live_records(segments, rows)
     dying: dict[int, list[tuple[int, int]]] = {}
     with Names(store, segments, rows) as names:
         for _, places in misfits(live, names):
-            copies = (live.parts[places] == 0).all() and live.last[places].all()
-            for place in (places[:-1] if copies else places).tolist():  # of whole copies the last one that was added stays
+            for place in np.setdiff1d(places, _one_copy(live, places)).tolist():
                 number = int(live.segments[place])
                 first = int(rows[segments[number].content.uuid].first_rows[live.rows[place]])
                 dying.setdefault(number, []).append((first, first + int(live.n_entries[place])))
     changed = (_with_dead(segment, dying.get(number, [])) for number, segment in enumerate(segments))
     return tuple(segment for segment in changed if segment.n_live())
+
+
+def _one_copy(live: LiveRecords, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of the records of a document those of one whole copy, the one that was added last; none where there is none."""
+    for order in (places, places[::-1]):  # a later record takes the place of one before it
+        copy = np.array(list(dict(zip(live.parts[order].tolist(), order.tolist(), strict=True)).values()))
+        if is_whole(live, copy):
+            return copy
+    return places[:0]
 
 
 def _with_dead(segment: SegmentRecord, more: Sequence[tuple[int, int]]) -> SegmentRecord:

@@ -70,6 +70,8 @@ def joining_life() -> list[Act]:
     life.add("delete", lambda path: knnstore.delete(path, "1"), _without(life.oracle, ("default", "1")), NotFoundError)
     life.add("append", lambda path: knnstore.append_entries(path, batches(parts[2])), life.oracle | by_key(parts[2]))
     life.add("append, joining", lambda path: knnstore.append_entries(path, batches(parts[3])), life.oracle | by_key(parts[3]))
+    life.add("append", lambda path: knnstore.append_entries(path, batches(CHANGED)), life.oracle | by_key(CHANGED))
+    life.add("compact", lambda path: knnstore.compact(path).close(), life.oracle)
     return life.acts
 
 
@@ -79,7 +81,10 @@ def coded_life() -> list[Act]:
     before, more = [draw("a", n=2_000, dim=8), draw("b", n=60, dim=8, text=False)], [draw("c", n=2_200, dim=8), draw("d", n=50, dim=8)]
     life.add("create", lambda path: create(path, before, dim=8, keep_keys="bf16"), by_key(before), ExistsError)
     life.add("append, training codes", lambda path: knnstore.append_entries(path, batches(more)), life.oracle | by_key(more))
-    life.add("delete --purge of codes", lambda path: knnstore.delete(path, "d", purge=True), _without(life.oracle, more[1].key), NotFoundError)
+    life.add(
+        "delete --purge, codes", lambda path: knnstore.delete(path, "d", purge=True), _without(life.oracle, ("default", "d")), NotFoundError
+    )
+    life.add("compact --retrain", lambda path: knnstore.compact(path, retrain=True).close(), life.oracle)
     return life.acts
 
 

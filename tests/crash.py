@@ -27,6 +27,8 @@ SECTOR = 512  # bytes that a disk writes whole or not at all
 Tree = dict[str, bytes | None]  # path → content; None for a folder
 Call = tuple[Any, ...]
 
+WAYS = ("kept", "lost", "torn", "zeros", "mixed")  # what may become of bytes that were not synced
+
 
 class Recording:
     """Every change that commands make below a folder, in order: what is called, where, and with which bytes."""
@@ -158,7 +160,7 @@ class _File:
         self.durable, self.pending = self.kept(), []
 
     def after_cut(self, how: str, rng: random.Random) -> bytes:
-        """Content after a cut: `kept`, `lost`, `torn` in one of the writes, `zeros` where bytes are new, or any sectors (`mixed`)."""
+        """Content after a cut. how: `kept`, `lost`, `torn` in one of the writes, `zeros` where bytes are new, or any sectors (`mixed`)."""
         if not self.pending or how == "kept":
             return self.kept()
         if how == "lost":
@@ -217,6 +219,7 @@ class FileSystem:
         self.pending: list[_NameChange] = []
         self._handles: dict[int, _File] = {}
         self._files: list[_File] = []  # those with bytes that are not durable
+        self._locks: set[_File] = set()
         self._n_changes = 0
         for path in sorted(tree):
             content = tree[path]
@@ -267,7 +270,9 @@ class FileSystem:
 
     def _change_bytes(self, file: _File, offset: int, data: bytes | None) -> None:
         file.change(offset, data)
-        if file not in self._files:
+        if file in self._locks:
+            file.sync()  # a process id, for messages: whatever it is, it means nothing
+        elif file not in self._files:
             self._files.append(file)
 
     def apply(self, call: Call) -> None:
@@ -284,6 +289,8 @@ class FileSystem:
                 self._change_bytes(self._file(path), 0, None)
             case ("open", path, handle):
                 self._handles[handle] = self._file(path)
+                if path.rpartition("/")[2] in ("LOCK", "lock"):
+                    self._locks.add(self._handles[handle])
             case ("write", handle, offset, data):
                 self._change_bytes(self._handles[handle], offset, data)
             case ("resize", handle, size):
@@ -328,22 +335,23 @@ class FileSystem:
                     tree[at + name] = content(node)
         return tree
 
-    def states(self, rng: random.Random, *, n_random: int) -> Iterator[Tree]:
-        """Trees that a cut at this moment may leave; many are alike. n_random: how many of them are drawn at random."""
+    def states(self, rng: random.Random, *, n_single: int, n_random: int) -> Iterator[Tree]:
+        """Trees that a cut at this moment may leave; many are alike.
+
+        n_single: how many of the last changes of names are lost or kept alone. n_random: how many trees are drawn at random.
+        """
         every = self.pending
-        folders = {id(edit[0]) for change in every for edit in change.edits}
         subsets = [every, [], every[-1:], every[:-1]]
-        for folder in folders:
+        for folder in {id(edit[0]) for change in every for edit in change.edits}:
             of_folder = [change for change in every if any(id(edit[0]) == folder for edit in change.edits)]
             subsets += [of_folder, [change for change in every if change not in of_folder]]
-        for change in every[-8:]:
+        for change in every[-n_single:]:
             subsets += [[change], [other for other in every if other is not change]]
-        ways = ("kept", "lost", "torn", "zeros", "mixed") if self._files else ("kept",)
+        subsets = list({tuple(change.order for change in subset): subset for subset in subsets}.values())
+        ways = WAYS if self._files else WAYS[:1]
         for names, how in itertools.product(subsets, ways):
             yield self._cut(names, lambda how=how: how, rng)
-        if not (every or self._files):
-            return
-        for _ in range(n_random):
+        for _ in range(n_random if every or self._files else 0):
             share = rng.random()
             names = [change for change in every if rng.random() < share]
             yield self._cut(names, lambda: rng.choice(ways), rng)

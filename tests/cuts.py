@@ -21,20 +21,25 @@ from knnstore.storage.manifest import Manifest
 from knnstore.storage.manifest_json import parse_manifest
 from knnstore.storage.tags import Tag, list_tags
 
+
 @dataclass(frozen=True)
 class Effort:
-    """share: of the states, how many are searched, verified and worked on. n_random: states drawn at random after each call.
+    """share: of the states, how many are searched, verified and worked on. n_single, n_random: as `FileSystem.states` takes them.
 
     staging: whether states that differ in nothing but `staging/` count as different.
     """
 
     share: float
+    n_single: int
     n_random: int
     staging: bool
 
+    def states(self, system: FileSystem, rng: random.Random) -> Iterator[Tree]:
+        return system.states(rng, n_single=self.n_single, n_random=self.n_random)
 
-QUICK = Effort(share=0.1, n_random=3, staging=False)
-FULL = Effort(share=0.02, n_random=6, staging=True)
+
+QUICK = Effort(share=0.05, n_single=2, n_random=1, staging=False)
+FULL = Effort(share=0.02, n_single=8, n_random=6, staging=True)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Cuts:
     def check(self, system: FileSystem, *, done: bool) -> None:
         """All states that a cut at this moment may leave. done: the command had returned."""
         before, after = self._before, self._after
-        for tree in system.states(self._rng, n_random=self._effort.n_random):
+        for tree in self._effort.states(system, self._rng):
             if not self._is_new(tree, done):
                 continue
             self._shown.show(tree)

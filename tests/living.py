@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stores import checkpoint, lookup_tolerance
+from stores import checkpoint, decoded_keys, lookup_tolerance
 
 import knnstore
 from knnstore import EntryDocument, IndexOptions
-from knnstore.format import Codec
+from knnstore.format import Codec, DType
+from knnstore.storage.arrays import to_bfloat16, to_float32
 from knnstore.storage.manifest import Manifest
 from knnstore.storage.segment import Segment
 from knnstore.store import Datastore
@@ -154,13 +155,25 @@ def check_contents(store: Datastore, oracle: Mapping[Key, Drawn]) -> None:
     )
 
 
-def _stored(segment: Segment, keys: NDArray[np.float32], queries: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Squared distances (q, n) of queries to the keys as a segment of its codec keeps them."""
-    rotated, asked = segment.space.rotate(keys), segment.space.rotate(queries)
-    if segment.space.codec is not Codec.RAW:
-        rotated = segment.space.decode(segment.space.encode(rotated))
-    apart = asked[:, None].astype(np.float64) - rotated[None]
-    return np.square(apart).sum(axis=2) + segment.content.distortion
+def _distortion(store: Datastore, space: str) -> float:
+    """Of the entries of a space, in the mean: what is added to the distances of its codes."""
+    contents = [segment.content for segment in store.segments if segment.content.space == space]
+    return sum(content.distortion * content.entries for content in contents) / sum(content.entries for content in contents)
+
+
+def _stored(segment: Segment, rows: slice, keys: NDArray[np.float32], decoded: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a segment keeps of a document's keys, (n, dim) in the axes of its space. decoded: what its codes stand for, by row."""
+    if segment.space.codec is Codec.RAW:
+        return keys.astype(np.float64)
+    wanted = segment.space.encode(segment.space.rotate(keys))
+    # What was encoded again was encoded from keys as they were kept.
+    kept = {"f16": lambda: keys.astype(np.float16), "bf16": lambda: to_float32(to_bfloat16(keys), DType.BF16)}
+    rounded = kept.get(segment.content.keys or "", lambda: keys)().astype(np.float32)
+    again = segment.space.encode(segment.space.rotate(rounded))
+    found = decoded[rows]
+    same = [np.isclose(segment.space.decode(codes), found, atol=1e-5).all(axis=1) for codes in (wanted, again)]
+    assert (same[0] | same[1]).all(), f"{np.flatnonzero(~(same[0] | same[1]))}: not the codes of these keys"
+    return found
 
 
 def check_answers(store: Datastore, oracle: Mapping[Key, Drawn], queries: NDArray[np.float32], *, k: int, **arguments: Any) -> None:
@@ -170,6 +183,7 @@ def check_answers(store: Datastore, oracle: Mapping[Key, Drawn], queries: NDArra
     was narrowed down to what they let through.
     """
     hits = store.search(queries, k=k, **arguments)
+    assert all((np.diff(row[np.isfinite(row)]) >= 0).all() for row in hits.distances)
     every: list[NDArray[np.float64]] = []
     rows: list[dict[int, tuple[Key, int, int]]] = []  # of each segment: row → document, token index, column of `every`
     tolerance = np.full(len(queries), 1e-9)
@@ -177,11 +191,14 @@ def check_answers(store: Datastore, oracle: Mapping[Key, Drawn], queries: NDArra
     for segment in store.segments:
         at: dict[int, tuple[Key, int, int]] = {}
         rows.append(at)
+        decoded, distortion = decoded_keys(segment), _distortion(store, segment.content.space)
+        asked = segment.space.rotate(queries).astype(np.float64)
         for place in _places(segment):
             if place.key not in oracle:
                 continue
             keys = oracle[place.key].keys[place.first_token : place.first_token + place.n]
-            every.append(_stored(segment, keys, queries))
+            stored = _stored(segment, slice(place.first_row, place.first_row + place.n), keys, decoded)
+            every.append(np.square(asked[:, None] - stored[None]).sum(axis=2) + distortion)
             at.update({place.first_row + i: (place.key, place.first_token + i, n + i) for i in range(place.n)})
             n += place.n
         tolerance = np.maximum(tolerance, lookup_tolerance(segment.space, queries))

@@ -18,9 +18,9 @@ Documents = dict[tuple[str, str], int]  # (domain, id) → version: which tokens
 
 
 def entries_of(domain: str, name: str, version: int) -> tuple[Any, Any, EntryDocument]:
-    """Keys, values and record of a document: drawn from its name and version, some 3 to 12 entries."""
-    seed = sum(map(ord, f"{domain}/{name}")) * 31 + version
-    n = 3 + seed % 10
+    """Keys, values and record of a document: drawn from its name and version; 3 to 12 entries, as many in each version."""
+    of_name = sum(map(ord, f"{domain}/{name}"))
+    seed, n = of_name * 31 + version, 3 + of_name % 10
     values = np.random.default_rng(seed).integers(0, 1_000, n)
     return draw_keys(seed, n, DIM), values, EntryDocument(id=name, n_entries=n, domain=domain)
 

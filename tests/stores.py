@@ -207,13 +207,14 @@ def flip(path: Path, offset: int) -> None:
 class PowerCut:
     """A disk whose power is cut before the `at`th call that changes it (from 0). `lose` then takes away what was not synced.
 
-    Content: a file written after its last sync keeps half of it. Names: what was made, moved or removed in a folder after its last
+    Content: of what was written to a file after its last sync, its second half is lost. Names: what was made, moved or removed in a folder after its last
     sync is undone. Both are what a file system may do; `lose(names=False)` keeps the names.
     """
 
     def __init__(self, at: int) -> None:
         self.at, self.n_calls = at, 0
         self._unsynced: set[Path] = set()
+        self._synced: dict[Path, bytes] = {}  # content at the last sync
         self._undo: list[tuple[Path, Callable[[], None]]] = []  # (folder whose sync makes it final, how to undo it)
 
     @contextmanager
@@ -257,6 +258,8 @@ class PowerCut:
 
     def _before_fsync(self, fd: int, path: Path) -> None:
         self._unsynced.discard(path)
+        if path.is_file():
+            self._synced[path] = path.read_bytes()
         self._undo = [(folder, undo) for folder, undo in self._undo if folder != path.absolute()]
 
     def _before_make_folder(self, path: Path) -> None:
@@ -266,10 +269,13 @@ class PowerCut:
 
     def _before_rename(self, source: Path, target: Path) -> None:
         self._unsynced = {target / path.relative_to(source) if path.is_relative_to(source) else path for path in self._unsynced}
+        moved = {path: content for path, content in self._synced.items() if path.is_relative_to(source)}
+        self._synced.update({target / path.relative_to(source): content for path, content in moved.items()})
         self._changes(target.parent, lambda: target.rename(source) if target.exists() and source.parent.exists() else None)
 
     def _before_replace(self, source: Path, target: Path) -> None:
         self._unsynced = {target if path == source else path for path in self._unsynced}
+        self._synced[target] = self._synced.get(source, b"")
         before = target.read_bytes() if target.exists() else None
         self._changes(target.parent, lambda: target.unlink(missing_ok=True) if before is None else _put(target, before))
 
@@ -287,7 +293,8 @@ class PowerCut:
         """What the cut costs."""
         for path in self._unsynced:
             if path.is_file():
-                os.truncate(path, path.stat().st_size // 2)
+                half = path.stat().st_size // 2
+                path.write_bytes(path.read_bytes()[:half] + self._synced.get(path, b"")[half:])
         for _, undo in reversed(self._undo if names else []):
             undo()
 

@@ -22,7 +22,7 @@ from cuts import Outcome, check_store
 from knnstore.errors import StorageError
 from knnstore.storage.space import Space
 
-SPACE_TAKING = ("write", "pwrite", "ftruncate", "open", "mkdir", "link", "rename", "replace", "copy_file_range")
+SPACE_TAKING = ("write", "pwrite", "ftruncate", "open", "mkdir", "link", "rename", "replace")
 
 
 class Faults:
@@ -88,7 +88,13 @@ class Rehearsal:
 
 
 def fail_everywhere(
-    rehearsal: Rehearsal, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], error: BaseException, *, step: int = 1, once: bool = False
+    rehearsal: Rehearsal,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, ...],
+    error: BaseException,
+    *,
+    step: int = 1,
+    once: bool = False,
 ) -> int:
     """Every `step`th call of each act fails. Returns how many were tried."""
     tried = 0
@@ -191,9 +197,10 @@ def test_no_memory_while_encoding(fast_path, monkeypatch, name):
 
     for number in (0, 1):
         with rehearsal.before(number) as path:
-            with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            with monkeypatch.context() as patch:
                 patch.setattr(Space, name, fails)
-                rehearsal.acts[number].run(path)
+                with pytest.raises(MemoryError):
+                    rehearsal.acts[number].run(path)
             assert Outcome.of(path, {}).is_as(rehearsal.outcomes[number])
             rehearsal.acts[number].run(path)
             check_store(path, rehearsal.acts[number].oracle)

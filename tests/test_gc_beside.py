@@ -220,7 +220,8 @@ def test_readers_beside_commits_and_gcs(tmp_path: Path) -> None:
             add(path, "a", "one", version)
             knnstore.gc(path, keep=1)
         counts = [int(reader.says()) for reader in readers]
-        assert min(counts) > 3
+        assert min(counts) > 0
+        assert sum(counts) > 6
         assert [reader.end() for reader in readers] == [0, 0, 0]
     knnstore.gc(path, keep=1)
     assert list_manifests(StoreFolder(path)) == [last]

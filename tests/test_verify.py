@@ -109,7 +109,7 @@ def test_empty_folders_may_be_missing(tmp_path: Path) -> None:
 def test_front_door() -> None:
     """The module is not called as the function is: importing it first would hide the function."""
     assert callable(knnstore.verify)
-    assert {field.name for field in dataclasses.fields(VerifyReport)} == {"checked_bytes", "problems", "orphans"}
+    assert {field.name for field in dataclasses.fields(VerifyReport)} == {"checked_bytes", "problems", "orphans", "samples"}
 
 
 # No store

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from knnstore.build import StagedSegment, has_index, take_back
 from knnstore.changes import Change, DocumentKey, commit_change
-from knnstore.errors import CheckpointMismatchError, InvalidArgumentError, ModelError, NotFoundError
+from knnstore.errors import InvalidArgumentError
 from knnstore.growth import Ground
 from knnstore.inspection import live_hashes
 from knnstore.lm.building import Building, dtype_name, fingerprint, short_list
-from knnstore.lm.checkpoint import check_same_checkpoint
 from knnstore.lm.corpus import CorpusInputs, list_inputs
 from knnstore.lm.embed import Embedder
-from knnstore.lm.models import DEFAULT_MODEL, LanguageModel, load_language_model
+from knnstore.lm.models import LanguageModel
+from knnstore.lm.opening import open_embedder
 from knnstore.lm.reading import Known, is_left_out_rightly
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import SILENT, Progress
@@ -27,7 +27,7 @@ from knnstore.storage.manifest import Manifest, Operation
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.parse import parse_json
 from knnstore.storage.rows import RangeSet, as_ranges, subtract
-from knnstore.store import Datastore, open_store
+from knnstore.store import Datastore, open_made
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,10 +126,7 @@ def append_corpus(
         inputs = corpora if isinstance(corpora, CorpusInputs) else list_inputs(corpora, stdin_name=name)
         for ignored in inputs.ignored:
             progress.note(f"{ignored.source}: left out ({ignored.reason})")
-        with progress.stage("loading the model", total=None, unit="models") as stage:
-            loaded = _load_model(base, **model_options)
-            stage.advance(1)
-        embedder = _checked_embedder(path, base, loaded, allow_model_mismatch=allow_model_mismatch)
+        embedder = open_embedder(path, base, allow_model_mismatch=allow_model_mismatch, progress=progress, **model_options)
         shown: dict[str, Any] = {
             "corpora": short_list([file.source for file in inputs]),
             "domain": domain,
@@ -142,8 +139,8 @@ def append_corpus(
             **shown,
             "command": "append",
             "content": job_name({"files": [fingerprint(file) for file in inputs]})[:12],
-            "model": loaded.checkpoint.identity,
-            "dtype": dtype_name(loaded),
+            "model": embedder.model.checkpoint.identity,
+            "dtype": dtype_name(embedder.model),
         }
         known = Known(
             content_of=lambda document_id: ground.known_content(domain, document_id),
@@ -152,47 +149,7 @@ def append_corpus(
         )
         with run_job(store, job_name(arguments), arguments) as job:
             made, counts = _Append(store, job, ground, embedder, domain, known, progress).run(inputs, shown)
-        return Appended(_open_made(path, (made or base).snapshot), made is not None, counts)
-
-
-def _open_made(path: str | Path, snapshot: int) -> Datastore:
-    """The snapshot that was made, or the newest where a gc has removed it already."""
-    try:
-        return open_store(path, snapshot=snapshot)
-    except NotFoundError:
-        return open_store(path)
-
-
-def _load_model(
-    base: Manifest,
-    *,
-    model: "str | Path | PreTrainedModel | LanguageModel | None",
-    dtype: str | None,
-    revision: str | None,
-    **options: Any,
-) -> LanguageModel:
-    """The model given, or the one a store names; in the dtype its newest segment was computed in, if none is asked for."""
-    built = base.checkpoint
-    if model is None:
-        model = None if built.name == DEFAULT_MODEL else built.name
-        revision = revision or built.revision
-    if dtype is None and (model is None or isinstance(model, str | Path)):
-        dtype = next((record.content.dtype for record in reversed(base.segments) if record.content.dtype is not None), None)
-    return load_language_model(model, revision=revision, dtype=dtype, **options)
-
-
-def _checked_embedder(path: str | Path, base: Manifest, loaded: LanguageModel, *, allow_model_mismatch: bool) -> Embedder:
-    """The embedder of a store's keys. Raises ModelError, CheckpointMismatchError."""
-    if loaded.tokenizer is None:
-        raise ModelError(f"{loaded.checkpoint.name}: it came without a tokenizer. Give one with tokenizer=.")
-    check_same_checkpoint(base.checkpoint, loaded.checkpoint, at=str(path), allow_model_mismatch=allow_model_mismatch)
-    embedder = Embedder(loaded, base.key.layer)
-    if embedder.extractor.key.dim != base.key.dim:
-        raise CheckpointMismatchError(
-            f"{path}: its keys have {base.key.dim} dimensions, layer {base.key.layer} of this model has {embedder.extractor.key.dim}. "
-            "Append with the model it was built with."
-        )
-    return embedder
+        return Appended(open_made(path, (made or base).snapshot), made is not None, counts)
 
 
 class _Append:
@@ -208,7 +165,8 @@ class _Append:
         """Goes on where a killed process left off, and commits. Returns the new snapshot (None where nothing changes) and the counts."""
         base = self._ground.manifest
         tokenizer = self._embedder.model.tokenizer
-        assert base.windows is not None and tokenizer is not None, "said by append"  # noqa: PT018
+        assert base.windows is not None, "said by append"
+        assert tokenizer is not None, "said by append"
         eos = bool((base.tokens or {}).get("eos", True))
         work = Building(self._job, DocumentTokenizer(tokenizer, eos=eos), self._embedder, base.windows, base.index, self._progress)
         if work.tokenizer.rule != base.tokens:

@@ -16,7 +16,7 @@ from knnstore.format import CENTROIDS_FILE, HEADER_SIZE, DType, Kind, parse_head
 from knnstore.storage.arrays import map_file, read_array, write_array
 from knnstore.storage.files import disk
 
-__all__ = ["FLAT_ENTRIES", "Coarse", "choose_nlist", "is_listed", "load_coarse", "save_coarse", "train_coarse"]
+__all__ = ["FLAT_ENTRIES", "Coarse", "choose_nlist", "is_listed", "load_coarse", "save_coarse", "takes_lists", "train_coarse"]
 
 Keys = NDArray[np.float32]
 
@@ -39,7 +39,12 @@ def is_listed(n_entries: int, known: "Coarse | None") -> bool:
 
     With two entries a list, its file is several times larger than one flat list; it is scanned in a fraction of the time.
     """
-    return n_entries >= FLAT_ENTRIES or (known is not None and n_entries >= max(SMALLEST_LISTED, 2 * known.nlist))
+    return takes_lists(n_entries, 1 if known is None else known.nlist)
+
+
+def takes_lists(n_entries: int, nlist: int) -> bool:
+    """The same, by the number of lists of the coarse quantizer; 1 for none."""
+    return n_entries >= FLAT_ENTRIES or (nlist > 1 and n_entries >= max(SMALLEST_LISTED, 2 * nlist))
 
 
 @dataclass(frozen=True)

@@ -82,19 +82,24 @@ def row_key(row: int) -> bytes:
 class _SharedEnvironment:
     """An LMDB environment and how many readers of this process use it: LMDB does not allow a second one on the same file."""
 
-    key: tuple[int, str]
+    key: tuple[int, int, int]
     environment: Any
     databases: tuple[Any, Any]
     n_users: int
 
 
-_shared: dict[tuple[int, str], _SharedEnvironment] = {}
+_shared: dict[tuple[int, int, int], _SharedEnvironment] = {}
 _shared_lock = threading.Lock()
 
 
 def _borrow(path: Path) -> _SharedEnvironment:
     """The environment on a file, opened by its first user in this process. Raises DamageError where LMDB refuses the file."""
-    key = (os.getpid(), str(path.resolve()))  # an environment does not survive a fork
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DamageError(f"{path}: LMDB cannot open it: {error.strerror}. Run `knnstore verify`.") from error
+    # An environment does not survive a fork. A merge may have linked one file into several stores: a file is known by its inode.
+    key = (os.getpid(), status.st_dev, status.st_ino)
     with _shared_lock:
         if key not in _shared:
             try:

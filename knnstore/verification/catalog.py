@@ -24,7 +24,8 @@ _TRIES = 20  # times that the newest snapshot may be replaced and removed while 
 class CatalogCheck:
     """kept: paths of the manifests that count, whether sound or not. n_damaged: how many are not. newest: of the sound ones.
 
-    sound: numbers of those that are whole, descending. current: what CURRENT says, None where it is damaged.
+    sound: numbers of those that are whole, descending. current: what CURRENT says, None where it is damaged; believed: whether the
+    manifest that it names is there and the one it means. Where it is not, every manifest counts.
     """
 
     def __init__(self, store: StoreFolder, findings: Findings, pins: contextlib.ExitStack) -> None:
@@ -36,6 +37,7 @@ class CatalogCheck:
         self.newest: Manifest | None = None
         self.sound: list[int] = []
         self.current: tuple[int, str] | None = None
+        self.believed = False
         self._parents: dict[int, tuple[int, str]] = {}  # snapshot → its child, and the sha256 that the child gives
         self._uuids: dict[int, str] = {}  # of the store, in each sound manifest
 
@@ -131,9 +133,10 @@ class CatalogCheck:
         """The sound ones of all kept manifests, newest first, each compared with what its child says of it."""
         current, newest = self._newest_manifest()
         self.current = current
+        self.believed = current is not None and newest is not None and hashlib.sha256(newest).hexdigest() == current[1]
         self.n_damaged += current is not None and newest is None
         for number in reversed(list_manifests(self._store)):
-            if current is not None and number > current[0]:
+            if self.believed and current is not None and number > current[0]:
                 continue  # an attempt that never counted
             path, manifest = self._store.manifest(number), None
             self.kept.add(path)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from knnstore.storage.contexts import ContextsReader, DocumentRecord, id_hash
 from knnstore.storage.manifest import SegmentRecord
+from knnstore.storage.rows import contains
 from knnstore.verification.files import FindingError
 
 __all__ = ["DocumentRows", "OpenParts", "check_contexts"]
@@ -42,14 +43,14 @@ class DocumentRows:
 
 @dataclass(slots=True)
 class _Text:
-    """The text of a document so far. sha256: None once a part came without text."""
+    """The text of a document so far."""
 
     sha256: Any
     n_chars: int
 
 
-# Documents whose next part is in a segment still to come: (domain, id, part, first token) of that part → their text.
-OpenParts = dict[tuple[str, str, int, int], _Text]
+# What may come before a part of a document: its (domain, id, part, first token) → texts by their hash, one for each version there is.
+OpenParts = dict[tuple[str, str, int, int], dict[bytes, _Text]]
 
 
 def check_contexts(path: Path, segment: SegmentRecord, *, vocab_size: int, parts: OpenParts) -> DocumentRows:
@@ -93,33 +94,42 @@ class _TextWalk:
         self._any = self._next is not None
 
     def take(self, record: DocumentRecord, segment: SegmentRecord, parts: OpenParts) -> None:
-        """The frames of one document: they cover its rows, and its text is the one that was hashed."""
+        """The frames of one document: they cover its rows, and its text is the one that was hashed.
+
+        What comes before a later part may be there in several versions, where the document was replaced; its own may be there no more.
+        """
         domain = next(name for name, _, stop in segment.runs if record.first_row < stop)
-        before = _Text(hashlib.sha256(), 0) if record.part == 0 else parts.get((domain, record.id, record.part, record.first_token))
+        known = parts.get((domain, record.id, record.part, record.first_token), {})
+        before = [_Text(hashlib.sha256(), 0)] if record.part == 0 else [_Text(text.sha256.copy(), text.n_chars) for text in known.values()]
         stop = record.first_row + record.n_entries
-        covered, base, reached, furthest = record.first_row, None if before is None else before.n_chars, 0, 0
-        sha256 = None if before is None or before.sha256 is None else before.sha256.copy()
+        covered, reached, furthest, end = record.first_row, 0, 0, None if record.part else 0
         for first, starts, ends, text, at in self._until(stop):
-            # A character that tokens of two parts share is in the text of both.
-            shared = 0 if base is None or record.part == 0 or first != record.first_row else max(base - at, 0)
-            if first != covered or (base is not None and at + shared != base):
+            if first != covered or (end is not None and at != end):
                 raise FindingError("content", f"the text of document {record.id!r} at row {first} does not follow what is before it")
             rise = len(starts) and starts[0] >= reached and (starts[1:] >= starts[:-1]).all() and (ends >= starts).all()
             if not rise or starts[-1] > at + len(text):
                 raise FindingError("content", f"the offsets of document {record.id!r} at row {first} do not rise within their text")
-            covered, base, reached, furthest = first + len(starts), at + len(text), int(starts[-1]), max(furthest, int(ends.max()))
-            if sha256 is not None:
-                sha256.update(text[shared:].encode())
+            # A character that tokens of two parts share is in the text of both.
+            before = [text_before for text_before in before if text_before.n_chars >= at]
+            for text_before in before:
+                text_before.sha256.update(text[text_before.n_chars - at :].encode())
+                text_before.n_chars = at + len(text)
+            covered, end, reached, furthest = first + len(starts), at + len(text), int(starts[-1]), max(furthest, int(ends.max()))
         if covered not in (record.first_row, stop):
             raise FindingError("content", f"the text of document {record.id!r} covers rows to {covered}, the document ends at {stop}")
-        if furthest > (base or 0):
+        if furthest > (end or 0):
             raise FindingError("content", f"a token of document {record.id!r} ends at character {furthest}, after its text")
         if covered != stop:
-            sha256 = None
+            return
+        # One version that is not replaced: it must fit.
+        is_sure = record.part == 0 or (len(known) == 1 and not contains(segment.dead_ranges(), np.array([record.first_row]))[0])
+        if is_sure and not before:
+            raise FindingError("content", f"the text of document {record.id!r} does not follow that of its part before")
         if not record.last:
-            parts[domain, record.id, record.part + 1, record.first_token + record.n_entries] = _Text(sha256, base or 0)
-        elif sha256 is not None:
-            _compare(record, _Text(sha256, base or 0))
+            following = parts.setdefault((domain, record.id, record.part + 1, record.first_token + record.n_entries), {})
+            following.update({text_before.sha256.digest(): text_before for text_before in before})
+        elif is_sure:
+            _compare(record, before[0])
 
     def _until(self, stop: int) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], str, int]]:
         while self._next is not None and self._next[0] < stop:

@@ -36,18 +36,38 @@ from knnstore.verification.files import FindingError, Findings, Problem, check_f
 from knnstore.verification.segment import ExpectedSegment, SegmentCheck
 from knnstore.verification.tags import check_tags
 
-__all__ = ["LEVELS", "Examination", "Part", "Problem", "VerifyReport", "verify"]
+__all__ = ["LEVELS", "Examination", "Part", "Problem", "SegmentSample", "VerifyReport", "verify"]
 
 LEVELS = ("quick", "full")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentSample:
+    """What came of running a model over windows of a segment again. segment: its uuid. windows, entries: how many were sampled.
+
+    equal: share of the sub-codes stored that are those that the model gives now (of raw keys: of numbers that are nearly so). dtype:
+    what the model computed in now, recorded: then; where they differ, equal is only told.
+    """
+
+    segment: str
+    windows: int
+    entries: int
+    equal: float
+    dtype: str
+    recorded: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """checked_bytes: read and compared. problems: what is damaged. orphans: paths in the store that no kept snapshot names."""
+    """checked_bytes: read and compared. problems: what is damaged. orphans: paths in the store that no kept snapshot names.
+
+    samples: of the segments that were sampled, where it was asked for.
+    """
 
     checked_bytes: int
     problems: tuple[Problem, ...]
     orphans: tuple[str, ...]
+    samples: tuple[SegmentSample, ...] = ()
 
     @property
     def ok(self) -> bool:

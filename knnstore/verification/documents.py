@@ -17,7 +17,7 @@ from knnstore.storage.rows import contains
 from knnstore.verification.contexts import DocumentRows
 from knnstore.verification.files import FindingError
 
-__all__ = ["LiveRecords", "Names", "check_documents", "live_records", "misfits"]
+__all__ = ["LiveRecords", "Names", "check_documents", "domain_seed", "is_whole", "live_records", "misfits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,11 @@ class LiveRecords:
         return {name: n for name, n in zip(self.names, held.tolist(), strict=True) if n}
 
 
+def domain_seed(name: str) -> int:
+    """64 bits that tell the keys of one domain from those of another."""
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))
+
+
 def live_records(segments: Sequence[SegmentRecord], rows: Mapping[str, DocumentRows]) -> LiveRecords:
     """The records of the documents whose first row is alive. rows: by uuid of the segment. Some 50 bytes a record."""
     names: dict[str, int] = {}
@@ -52,7 +57,7 @@ def live_records(segments: Sequence[SegmentRecord], rows: Mapping[str, DocumentR
         of_segment = rows[segment.content.uuid]
         alive = np.flatnonzero(~contains(segment.dead_ranges(), of_segment.first_rows))
         run_domains = np.array([names.setdefault(name, len(names)) for name, _, _ in segment.runs], np.int32)
-        run_seeds = np.array([xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass")) for name, _, _ in segment.runs], np.uint64)
+        run_seeds = np.array([domain_seed(name) for name, _, _ in segment.runs], np.uint64)
         run_of = np.searchsorted([stop for _, _, stop in segment.runs], of_segment.first_rows[alive], side="right")
         columns.append(
             (
@@ -108,10 +113,13 @@ def misfits(live: LiveRecords, names: Names) -> Iterator[tuple[str, NDArray[np.i
             name = names(int(live.segments[place]), int(live.rows[place]))
             by_name.setdefault((int(live.domains[place]), name), []).append(place)
         for (_, name), places in by_name.items():
-            some = np.array(places)
-            some = some[np.argsort(live.parts[some], kind="stable")]
-            if not _fitting(live, some, np.zeros(1, np.int64)).all():
-                yield name, np.sort(some)
+            if not is_whole(live, np.array(places)):
+                yield name, np.array(places)
+
+
+def is_whole(live: LiveRecords, places: NDArray[np.int64]) -> bool:
+    """Whether these records are the parts of one document, all of them and each once."""
+    return bool(_fitting(live, places[np.argsort(live.parts[places], kind="stable")], np.zeros(1, np.int64)).all())
 
 
 def _fitting(live: LiveRecords, order: NDArray[np.int64], begins: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -124,7 +132,9 @@ def _fitting(live: LiveRecords, order: NDArray[np.int64], begins: NDArray[np.int
     entries = live.n_entries[order]
     begun = live.first_tokens[order] - (np.cumsum(entries) - entries)  # alike in all parts of a document, if less those before it
     fits: NDArray[np.bool_] = live.parts[order] == number
-    return fits & (live.last[order] == (number == np.repeat(sizes, sizes) - 1)) & (begun == np.repeat(begun[begins], sizes))
+    fits &= live.last[order] == (number == np.repeat(sizes, sizes) - 1)
+    fits &= begun == np.repeat(begun[begins], sizes)
+    return fits
 
 
 def check_documents(
