@@ -10,7 +10,7 @@ import click
 import knnstore
 
 from .options import ExampleCommand, json_option, quiet_option, store_option
-from .text import counted, shown_bytes
+from .text import counted, shown_bytes, visible
 
 __all__ = ["delete"]
 
@@ -76,10 +76,10 @@ def delete(
 
 def _summary(store: str, receipt: Any, dry_run: bool) -> str:
     n = sum(receipt.documents.values())
-    what = f"{counted(n, 'document')} of {', '.join(sorted(receipt.documents)) or 'no domain'}"
-    size = f"{counted(receipt.entries, 'entry', 'entries')}, {shown_bytes(receipt.bytes)}"
     if not n:
         return f"{store}: no document is like that; nothing was changed"
+    what = f"{counted(n, 'document')} of {', '.join(visible(domain) for domain in sorted(receipt.documents))}"
+    size = f"{counted(receipt.entries, 'entry', 'entries')}, {shown_bytes(receipt.bytes)}"
     if dry_run:
         return f"{store}: would delete {what}: {size}"
     after = "run `knnstore gc` to give the space back" if receipt.purged else "`knnstore compact` and `knnstore gc` give the space back"

@@ -71,13 +71,13 @@ def restore(snapshot: int | str, store: str, quiet: bool, as_json: bool) -> None
 
 @click.command(cls=ExampleCommand, example="knnstore diff 1 2")
 @click.argument("before", metavar="A", callback=read_snapshot)
-@click.argument("after", metavar="B", callback=read_snapshot, required=False)
+@click.argument("after", metavar="[B]", callback=read_snapshot, required=False)
 @store_option
 @json_option
 def diff(before: int | str, after: int | str | None, store: str, as_json: bool) -> None:
-    """List the documents that came and went from snapshot A to snapshot B.
+    """List the documents that came and went between snapshots.
 
-    A and B are numbers or tag:NAME; without B, the newest.
+    From snapshot A to snapshot B, which are numbers or tag:NAME; without B, to the newest.
     """
     fields = asdict(knnstore.diff(store, before, after))
     if as_json:

@@ -7,7 +7,7 @@ import click
 import knnstore
 
 from .options import ExampleCommand, json_option, quiet_option, store_option
-from .text import counted, shown_bytes
+from .text import counted, shown_bytes, visible
 
 __all__ = ["merge"]
 
@@ -56,10 +56,10 @@ def merge(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Make one datastore of several that were built with the same model.
+    """Make one datastore of several that have the same model.
 
-    The STOREs stay as they are; --store names the new one, or one there is, to which they are added. No model is needed. Fit λ and the
-    temperature anew afterwards: they are kept from the largest store and marked stale.
+    The STOREs stay as they are; --store names the new one, or one there is, to which they are added. No model is needed. λ and the
+    temperature are those of the largest store, marked stale.
     """
     from .progress import shown_progress
 
@@ -74,5 +74,5 @@ def merge(
         print_json(fields)
     if not quiet:
         entries, documents = counted(fields["entries"], "entry", "entries"), counted(fields["documents"], "document")
-        names = ", ".join(fields["domains"])
+        names = ", ".join(map(visible, fields["domains"]))
         click.echo(f"{store}: {entries} of {documents} in {names}, {shown_bytes(fields['bytes']['total'])}", err=True)

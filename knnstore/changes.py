@@ -186,20 +186,23 @@ class _Application:
         """Rows of the documents that go. One that went already is no conflict; one whose content is another by now is."""
         if not self._change.removes:
             return
-        segments = open_segments(self._store, self._current)
         rewritten = {record.content.uuid for record in self._change.replaced}  # without the documents that go
-        for key in self._change.removes:
-            found = False
-            for number, domain, record in live_records(segments, key.id):
-                if domain != key.domain:
-                    continue
-                if record.last and record.content_hash != key.content_hash:
-                    raise self._conflict(f"document {key.id!r} of domain {key.domain!r} was replaced")
-                found = True
-                uuid = segments[number].content.uuid
-                if uuid not in rewritten:
-                    self._dead.setdefault(uuid, []).append((record.first_row, record.first_row + record.n_entries))
-            self._gone[key.domain] += found
+        with ExitStack() as stack:
+            segments = open_segments(self._store, self._current)
+            for segment in segments:
+                stack.callback(segment.close)
+            for key in self._change.removes:
+                found = False
+                for number, domain, record in live_records(segments, key.id):
+                    if domain != key.domain:
+                        continue
+                    if record.last and record.content_hash != key.content_hash:
+                        raise self._conflict(f"document {key.id!r} of domain {key.domain!r} was replaced")
+                    found = True
+                    uuid = segments[number].content.uuid
+                    if uuid not in rewritten:
+                        self._dead.setdefault(uuid, []).append((record.first_row, record.first_row + record.n_entries))
+                self._gone[key.domain] += found
 
     def _check_added(self) -> None:
         """No document that comes may be there already, in what others committed since it was looked for."""

@@ -119,7 +119,7 @@ class Quarantine:
     def finish(self) -> None:
         """Marks what was written down, now or by repairs that were killed, as what came to pass."""
         for path in [] if self._dry_run else _unfinished(self._store):
-            disk.replace(path, path.with_name(LOST_FILE))
+            disk.rename(path, path.with_name(LOST_FILE))
             disk.sync_folder(path.parent)
 
 

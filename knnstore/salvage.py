@@ -112,9 +112,12 @@ def salvage(store: StoreFolder, examination: Examination, damage: Damage) -> Sal
         newest = newest or manifest
         kept = [segment for segment in manifest.segments if _is_sound(store, segment, examination, damage)]
         spaces = [space for space in manifest.spaces if store.space(space.id) not in damage.parts]
-        if kept or (not manifest.segments and len(spaces) >= min(1, len(manifest.spaces))):
-            return _salvage(store, newest, manifest, kept, examination.documents)
-    what = "no segment of any snapshot is whole" if newest is not None else "no manifest is whole"
+        if not kept and (manifest.segments or len(spaces) < min(1, len(manifest.spaces))):
+            continue
+        found = _salvage(store, newest, manifest, kept, examination.documents)
+        if found.segments or not manifest.segments:
+            return found
+    what = "no document of any snapshot is whole" if newest is not None else "no manifest is whole"
     raise DamageError(
         f"{store.path}: nothing to go on from: {what}. Nothing was changed. Bring files back from a copy (`knnstore verify` names them), "
         "or make the datastore again."

@@ -37,12 +37,12 @@ def processes() -> BaseContext:
 def document(name: str, version: int) -> Drawn:
     """One version of a document; what it is called and its metadata say how to draw it again."""
     domain, _, document_id = name.partition("/")
-    return draw(document_id, version, domain=domain, n=2 + version % 5, version=version, parity=version % 2)
+    return draw(document_id, version, domain=domain, n=2 + version % 5, drawn=version, parity=version % 2)
 
 
 def seen_oracle(store: Datastore) -> dict[Key, Drawn]:
     """What a snapshot must hold by the names and versions of its documents."""
-    return {(item.domain, item.id): document(f"{item.domain}/{item.id}", item.metadata["version"]) for item in store.documents()}
+    return {(item.domain, item.id): document(f"{item.domain}/{item.id}", item.metadata["drawn"]) for item in store.documents()}
 
 
 def reported(target: Callable[..., Any], report: Path, *arguments: Any) -> None:
@@ -51,7 +51,7 @@ def reported(target: Callable[..., Any], report: Path, *arguments: Any) -> None:
     faiss.omp_set_num_threads(1)
     try:
         result = {"result": target(*arguments)}
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - said on the other side
         result = {"error": traceback.format_exc()}
     report.write_text(json.dumps(result))
 
@@ -96,7 +96,7 @@ def read_along(path: Path, stop: Path, seed: int, n_threads: int) -> dict[str, A
         with knnstore.open(path) as store:
             oracle = seen_oracle(store)
             check_contents(store, oracle)
-            seen[store.snapshot] = {f"{domain}/{name}": drawn.metadata["version"] for (domain, name), drawn in oracle.items()}
+            seen[store.snapshot] = {f"{domain}/{name}": drawn.metadata["drawn"] for (domain, name), drawn in oracle.items()}
             n_opened += 1
             for _ in range(rng.randrange(1, 12)):
                 if n_threads == 1:
@@ -133,7 +133,7 @@ def _search_together(store: Datastore, oracle: Mapping[Key, Drawn], n_threads: i
     def ask(seed: int) -> None:
         try:
             _search(store, oracle, seed)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - said on the other side
             failures.append(traceback.format_exc())
 
     threads = [Thread(target=ask, args=(rng.randrange(1 << 30),)) for _ in range(n_threads)]

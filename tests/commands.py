@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -73,3 +74,14 @@ def shell(line: str, folder: Path, path: str, **environment: str) -> subprocess.
         timeout=240,
         check=False,
     )
+
+
+def change_model(model: Path, folder: Path) -> Path:
+    """A copy of a model that is another checkpoint: one parameter differs."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("ln_f.bias"))
+    save_file({**weights, name: weights[name] + 1}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

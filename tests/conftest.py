@@ -44,7 +44,7 @@ def sample_book() -> Path:
     return ROOT / "knnstore" / "samples" / "a-christmas-carol.txt"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Takes a line that is shown at the end of the run: how much a test tried."""
     return request.config.stash.setdefault(_TOLD, []).append

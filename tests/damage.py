@@ -63,7 +63,12 @@ def text_documents(n_entries: Sequence[int], *, domains: Sequence[str] = ("defau
 def files_by_role(store: Path) -> dict[str, Path]:
     """The kinds of files of a store: one of each, the first segment's."""
     folders = {name: sorted((store / name).iterdir()) for name in ("spaces", "coarse", "segments")}
-    roles = {"KNNSTORE": store / "KNNSTORE", "CURRENT": store / "CURRENT", "manifest": store / "manifests" / "1.json"}
+    roles = {
+        "KNNSTORE": store / "KNNSTORE",
+        "CURRENT": store / "CURRENT",
+        "manifest": store / "manifests" / "1.json",
+        "tag": store / "tags" / "kept.json",
+    }
     for name in ("space.json", "rotation.bin", "centroids.bin"):
         roles[f"space {name}"] = folders["spaces"][0] / name
     if folders["coarse"]:
@@ -143,7 +148,13 @@ REPLACEMENTS: dict[str, Callable[[Path], None]] = {
 @contextlib.contextmanager
 def restored(store: Path, pristine: Path) -> Iterator[None]:
     """After the block the store is again as the pristine one. What was not touched is not copied."""
-    yield
+    try:
+        yield
+    finally:
+        _restore(store, pristine)
+
+
+def _restore(store: Path, pristine: Path) -> None:
     wanted = {path.relative_to(pristine): path for path in pristine.rglob("*")}
     for path in sorted(store.rglob("*"), reverse=True):
         source = wanted.get(path.relative_to(store))
@@ -224,8 +235,8 @@ def _digest(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _search(store: Path, *, exact: bool) -> str:
-    with knnstore.open(store) as opened:
+def _search(store: Path, *, exact: bool = False, snapshot: str | None = None) -> str:
+    with knnstore.open(store, snapshot=snapshot) as opened:
         hits = opened.search(queries(opened.dim), k=K, nprobe=1 << 20, exact=exact)  # every list is read
         return _digest(hits.distances, hits.values, hits.segments, hits.rows)
 
@@ -257,6 +268,55 @@ def _verify(store: Path, level: str) -> dict[str, Any]:
     }
 
 
+def _repair(store: Path) -> dict[str, Any]:
+    """What a repair says it did."""
+    report = knnstore.repair(store)
+    return {
+        "lost": sorted([document.domain, document.id] for document in report.lost),
+        "unnamed": report.unnamed,
+        "base": report.base,
+        "snapshot": report.snapshot,
+        "lossless": report.lossless,
+        "moved": [item.path for item in report.moved],
+    }
+
+
+def _holdings(store: Path, snapshot: int | None, without: Sequence[str]) -> dict[str, Any]:
+    """All documents but some, and every entry but theirs as searches of codes and of keys find it: space, value and distance, sorted.
+
+    Distances are those to what codes stand for: what is added for a space depends on which of its segments there are.
+    """
+    with knnstore.open(store, snapshot=snapshot) as opened:
+        known = list(opened.documents())
+        kept = [document for document in known if document.id not in without]
+        exclude = [document.id for document in known if document.id in without] or None
+        n = sum(document.entries for document in kept)
+        contents = [segment.content for segment in opened.segments]
+        spaces = sorted({content.space for content in contents})
+        of = np.array([spaces.index(content.space) for content in contents])
+        entries, distortions = (np.array([getattr(content, name) for content in contents]) for name in ("entries", "distortion"))
+        added = np.bincount(of, entries * distortions) / np.bincount(of, entries)
+        names = np.array([int(space[:8], 16) for space in spaces])
+        found: dict[str, Any] = {"documents": sorted(map(repr, kept)), "entries": n}
+        for exact in (False, True):
+            hits = opened.search(queries(opened.dim), k=max(n, 1), nprobe=1 << 20, exact=exact, exclude=exclude)
+            assert (hits.n_found == n).all()
+            of_hits = of[hits.segments]
+            distances = hits.distances - (0 if exact else added[of_hits])
+            table = np.stack((names[of_hits], hits.values, distances), axis=2)  # (q, n, 3)
+            found["exact" if exact else "search"] = [sorted(map(tuple, rows)) for rows in table.tolist()]
+        found["contexts"] = sorted(repr(hits.context(0, i)) for i in range(n))
+        return found
+
+
+def same_holdings(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two stores hold the same, up to the rounding of float32."""
+    plain = ("documents", "entries", "contexts")
+    return all(a[name] == b[name] for name in plain) and all(
+        np.allclose(np.array(a[name]), np.array(b[name]), rtol=1e-5, atol=1e-4) for name in ("search", "exact")
+    )
+
+
 def _command(arguments: Sequence[str]) -> dict[str, Any]:
     """The command line: its exit code and what it says."""
     from knnstore_cli.main import cli
@@ -275,7 +335,8 @@ def _answers(store: Path) -> dict[str, str]:
     """For each way of asking: the digest of the answer, or the class of the error."""
     ways: dict[str, Callable[[], Any]] = {
         "open": lambda: knnstore.open(store).close(),
-        "search": lambda: _search(store, exact=False),
+        "search": lambda: _search(store),
+        "tagged": lambda: _search(store, snapshot="tag:kept"),
         "contexts": lambda: _contexts(store),
         "exact": lambda: _search(store, exact=True),
         "find": lambda: _find(store),
@@ -313,6 +374,10 @@ def _serve() -> None:
                 answer: dict[str, Any] = {"value": _verify(store, **order)}
             elif deed == "answers":
                 answer = {"value": _answers(store)}
+            elif deed == "repair":
+                answer = {"value": _repair(store)}
+            elif deed == "holdings":
+                answer = {"value": _holdings(store, **order)}
             elif deed == "each byte":
                 answer = {"value": _each_byte(store, Path(order.pop("path")), **order)}
             elif deed == "command":

@@ -1,47 +1,23 @@
 """append_entries: what is new comes, what is there is left out, what changed is refused or replaced; the store grows into its index."""
 
 import itertools
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from held import append, assert_holds, listing, newest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from living import DIM, Drawn, batches, by_key, check_answers, check_contents, create, draw
+from living import DIM, Drawn, batches, by_key, create, draw
 
 import knnstore
 from knnstore import EntryDocument
 from knnstore.errors import ExistsError, InvalidArgumentError, NotFoundError, StorageError
 from knnstore.storage import files
-from knnstore.storage.catalog import StoreFolder, open_snapshot
 from knnstore.storage.files import hold_lock
-from knnstore.storage.manifest import Manifest
 from knnstore.storage.manifest_json import canonical
-
-QUERIES = draw("queries", n=3).keys
-EVERYWHERE = 1 << 16  # nprobe: all lists
-
-
-def assert_holds(path: Path, oracle: dict, *, k: int | None = None) -> None:
-    """Documents, counts and answers are the oracle's; every file is whole and used; no work is left."""
-    with knnstore.open(path) as store:
-        check_contents(store, oracle)
-        check_answers(store, oracle, QUERIES, k=k or len(store) + 2, nprobe=EVERYWHERE)
-    report = knnstore.verify(path, level="full")
-    assert (report.problems, report.orphans) == ((), ())
-    assert not list((path / "staging").iterdir())
-
-
-def newest(path: Path) -> Manifest:
-    manifest, pin = open_snapshot(StoreFolder(path))
-    pin.release()
-    return manifest
-
-
-def append(path: Path, *drawn: Drawn, **arguments) -> Manifest:
-    return knnstore.append_entries(path, batches(drawn), **arguments)
 
 
 def big(name: str, n: int, *, scale: float = 1.0, dim: int = DIM, **fields) -> Drawn:
@@ -123,12 +99,12 @@ def test_nothing_new_makes_no_snapshot(tmp_path):
     path = tmp_path / "s.knn"
     drawn = [draw("a", n=9), draw("b", text=False)]
     made = create(path, drawn, segment_entries=4)
-    listed = sorted(path.rglob("*"))
+    before = listing(path)
     empty = [(np.zeros((0, DIM)), np.zeros(0, int), [])]
     for nothing in (batches(drawn), in_pieces(drawn, [1, 5]), empty, []):
         for replaces in (False, True):
             assert knnstore.append_entries(path, nothing, replace=replaces) == made
-    assert sorted(path.rglob("*")) == sorted([*listed, path / "LOCK"]) or sorted(path.rglob("*")) == listed
+    assert listing(path) == before
 
 
 def test_a_text_is_the_same_by_its_text_and_another_by_its_values(tmp_path):
@@ -137,10 +113,10 @@ def test_a_text_is_the_same_by_its_text_and_another_by_its_values(tmp_path):
     text, bare = draw("text"), draw("bare", text=False)
     create(path, [text, bare])
     same = [replace(item, keys=item.keys + 1) for item in (text, bare)]
-    assert append(path, *same).snapshot == 1
+    assert append(path, *same, replace=False).snapshot == 1
     for item in (replace(text, text=text.text[:-1] + "."), replace(bare, values=bare.values[::-1].copy()), replace(text, text=None)):
         with pytest.raises(ExistsError, match="has it with other content"):
-            append(path, item)
+            append(path, item, replace=False)
     assert_holds(path, by_key([text, bare]))
 
 
@@ -176,10 +152,10 @@ def test_an_append_that_fails_leaves_the_store_as_it_was(tmp_path, what):
     given_, kind, message = FAILURES[what]
     path = tmp_path / "s.knn"
     create(path, [draw("a"), draw("b")])
-    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "LOCK"}
+    before = listing(path)
     with pytest.raises(kind, match=message):
         knnstore.append_entries(path, given_())
-    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "LOCK"} == before
+    assert listing(path) == before
     assert not list((path / "staging").iterdir())
     append(path, draw("new"))
     assert_holds(path, by_key([draw("a"), draw("b"), draw("new")]))
@@ -199,11 +175,28 @@ def test_what_killed_appends_left_is_removed_by_the_next(tmp_path):
         (path / "staging" / name / "segments").mkdir(parents=True)
         (path / "staging" / name / "job.json").write_bytes(canonical({"command": command}))
         (path / "staging" / name / "lock").touch()
+    (path / "staging" / ("4" * 32)).mkdir()  # killed before it said what it was
+    (path / "staging" / f"{'5' * 32}-6.tmp" / "segments").mkdir(parents=True)  # killed while it was removed
+    (path / "staging" / "stray").touch()
     with hold_lock(path / "staging" / ("2" * 32) / "lock", purpose="at the same job", wait=False):
         append(path, draw("b"))
-    assert sorted(job.name[0] for job in (path / "staging").iterdir()) == ["2", "3"]
+    assert sorted(job.name[0] for job in (path / "staging").iterdir()) == ["2", "3", "s"]
     append(path, draw("c"))
-    assert [job.name[0] for job in (path / "staging").iterdir()] == ["3"]
+    assert sorted(job.name[0] for job in (path / "staging").iterdir()) == ["3", "s"]
+
+
+def test_a_store_whose_empty_folders_were_lost_takes_appends(tmp_path):
+    """As some ways of copying lose them."""
+    path = tmp_path / "s.knn"
+    create(path, [draw("a")])
+    for name in ("staging", "tags", "coarse"):
+        (path / name).rmdir()
+    append(path, draw("b"))
+    assert_holds(path, by_key([draw("a"), draw("b")]))
+    for name in ("staging", "coarse"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    append(path, big("c", 33_000))
+    assert len(newest(path).coarse) == 1
 
 
 # How it grows

@@ -1,52 +1,24 @@
 """What a change becomes where others committed meanwhile: it goes through on what they left, or is a conflict that names them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from held import QUERIES, append, assert_holds, newest, put
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from living import Drawn, Key, batches, by_key, check_answers, check_contents, create, draw
+from living import Drawn, by_key, check_answers, create, draw
 
 import knnstore
 from knnstore import deletion, settling
 from knnstore.changes import Change, commit_change
 from knnstore.errors import ConflictError, FormatError, NotFoundError
-from knnstore.storage.catalog import StoreFolder, commit, open_snapshot
-from knnstore.storage.manifest import Calibration, Manifest, Operation
+from knnstore.storage.catalog import StoreFolder
+from knnstore.storage.manifest import Calibration, Operation
 
-QUERIES = draw("queries", n=3).keys
 Batch = tuple[object, object, object]
-
-
-def assert_holds(path: Path, oracle: Mapping[Key, Drawn]) -> None:
-    """Documents, counts and answers are the oracle's; every file is whole and used."""
-    with knnstore.open(path) as store:
-        check_contents(store, oracle)
-        check_answers(store, oracle, QUERIES, k=max(1, len(store)) + 2)
-    report = knnstore.verify(path, level="full")
-    assert (report.problems, report.orphans) == ((), ())
-    assert not list((path / "staging").iterdir())
-
-
-def newest(path: Path) -> Manifest:
-    manifest, pin = open_snapshot(StoreFolder(path))
-    pin.release()
-    return manifest
-
-
-def meanwhile(drawn: list[Drawn], deed: Callable[[], object]) -> Iterator[Batch]:
-    """Batches of entries; before the last others have done something."""
-    yield from batches(drawn)[:-1]
-    deed()
-    yield from batches(drawn)[-1:]
-
-
-def append(path: Path, *drawn: Drawn, meanwhile_: Callable[[], object] | None = None) -> Manifest:
-    given_ = batches(drawn) if meanwhile_ is None else meanwhile(list(drawn), meanwhile_)
-    return knnstore.append_entries(path, given_, replace=True)
 
 
 NAMES = "abcd"
@@ -80,11 +52,11 @@ def test_an_append_goes_through_unless_its_documents_were_touched(tmp_path_facto
     news = {name: version for name, version in ours.items() if base.get(name) != version}
     touched = [name for name in news if name in left and left[name] != base.get(name)]
     if not touched:
-        append(path, *versioned(ours), meanwhile_=deed)
+        append(path, *versioned(ours), meanwhile=deed)
         left |= news
     else:
         with pytest.raises(ConflictError, match=f"document '[{''.join(touched)}]' of domain 'default' was (added|replaced) by snapshot"):
-            append(path, *versioned(ours), meanwhile_=deed)
+            append(path, *versioned(ours), meanwhile=deed)
     assert_holds(path, by_key(versioned(left)))
 
 
@@ -127,7 +99,7 @@ def test_a_conflict_names_the_other_commit(tmp_path):
     path = tmp_path / "s.knn"
     create(path, [draw("a")])
     with pytest.raises(ConflictError) as caught:
-        append(path, draw("b"), draw("c"), meanwhile_=lambda: append(path, draw("c", 1)))
+        append(path, draw("b"), draw("c"), meanwhile=lambda: append(path, draw("c", 1)))
     other = newest(path)
     assert caught.value.exit_code == 5
     assert str(caught.value) == (
@@ -150,7 +122,7 @@ def three_segments(path: Path) -> list[Drawn]:
 def test_a_segment_that_was_to_be_joined_is_joined_as_others_left_it(tmp_path, purge):
     path = tmp_path / "s.knn"
     drawn = three_segments(path)
-    append(path, draw("d"), draw("e"), meanwhile_=lambda: knnstore.delete(path, "a2", purge=purge))
+    append(path, draw("d"), draw("e"), meanwhile=lambda: knnstore.delete(path, "a2", purge=purge))
     assert len(newest(path).segments) == 1
     assert_holds(path, by_key([drawn[0], *drawn[2:], draw("d"), draw("e")]))
 
@@ -158,7 +130,7 @@ def test_a_segment_that_was_to_be_joined_is_joined_as_others_left_it(tmp_path, p
 def test_others_joined_the_segments_meanwhile(tmp_path):
     path = tmp_path / "s.knn"
     drawn = three_segments(path)
-    append(path, draw("d"), meanwhile_=lambda: append(path, draw("e")))
+    append(path, draw("d"), meanwhile=lambda: append(path, draw("e")))
     assert [record.content.documents for record in newest(path).segments] == [5, 1]
     assert_holds(path, by_key([*drawn, draw("e"), draw("d")]))
 
@@ -187,7 +159,7 @@ def test_a_document_to_be_replaced_is_found_where_it_was_moved(tmp_path):
     """Others wrote its segment again meanwhile: it goes from the new one."""
     path = tmp_path / "s.knn"
     create(path, [draw("a"), draw("b")])
-    append(path, draw("a", 1), meanwhile_=lambda: knnstore.delete(path, "b", purge=True))
+    append(path, draw("a", 1), meanwhile=lambda: knnstore.delete(path, "b", purge=True))
     assert_holds(path, by_key([draw("a", 1)]))
 
 
@@ -198,7 +170,7 @@ def test_a_document_that_a_restore_brought_back_is_a_conflict(tmp_path, version)
     create(path, [draw("a"), draw("b")])
     knnstore.delete(path, "a")
     with pytest.raises(ConflictError, match="document 'a' of domain 'default' was added by snapshot 3"):
-        append(path, draw("a", version), meanwhile_=lambda: knnstore.restore(path, 1))
+        append(path, draw("a", version), meanwhile=lambda: knnstore.restore(path, 1))
     assert_holds(path, by_key([draw("a"), draw("b")]))
 
 
@@ -208,7 +180,7 @@ def test_a_document_is_not_taken_in_twice_with_a_segment_that_others_made(tmp_pa
     create(path, [draw("a")])
     append(path, draw("b"))
     with pytest.raises(ConflictError, match="document 'd' of domain 'default' was added by snapshot 3"):
-        append(path, draw("c"), draw("d", 1), meanwhile_=lambda: append(path, draw("d")))
+        append(path, draw("c"), draw("d", 1), meanwhile=lambda: append(path, draw("d")))
     assert_holds(path, by_key([draw(name) for name in "abd"]))
 
 
@@ -247,7 +219,7 @@ def test_spaces_are_listed_as_long_as_they_are_used(tmp_path):
         assert [space.id for space in newest(path).spaces] == [of_far]
         knnstore.gc(path, keep=1)
 
-    append(path, draw("x", n=40), draw("y", n=40), meanwhile_=drop)
+    append(path, draw("x", n=40), draw("y", n=40), meanwhile=drop)
     assert [space.id for space in newest(path).spaces] == [of_far, of_near]
     with knnstore.open(path) as store:
         check_answers(store, by_key([replace(far, domain="far"), draw("x", n=40), draw("y", n=40)]), QUERIES, k=60)
@@ -277,15 +249,6 @@ def test_a_store_without_documents_is_a_store(tmp_path, n):
         knnstore.delete(path, domain="law")
     append(path, draw("a", 2), draw("c"))
     assert_holds(path, by_key([draw("a", 2), draw("c")]))
-
-
-def put(path: Path, **fields: object) -> Manifest:
-    """The newest snapshot once more, with other fields."""
-    operation = Operation(name="test", arguments={}, counts={})
-    return commit(
-        StoreFolder(path),
-        lambda number, parent, current: replace(current, snapshot=number, parent=parent, operation=operation, **fields),
-    )
 
 
 def calibrate(path: Path, status: str = "fresh") -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-from commands import ESCAPE, cli, fields_of, knnstore, shell, well
+from commands import ESCAPE, change_model, cli, fields_of, knnstore, shell, well
 
 from knnstore import errors
 
@@ -163,12 +162,7 @@ def test_keep_keys_takes_a_value_or_none(work: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_mismatch(store: Path, default_model_dir: Path, tmp_path: Path) -> None:
     """6: another model; with --allow-model-mismatch a warning."""
-    from safetensors.torch import load_file, save_file
-
-    other = Path(shutil.copytree(default_model_dir, tmp_path / "other"))
-    weights = load_file(other / "model.safetensors")
-    name = next(name for name in weights if name.endswith("ln_f.bias"))
-    save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    other = change_model(default_model_dir, tmp_path / "other")
     arguments = ("query", "x", "--store", store, "--model", other)
     assert knnstore(*arguments).exit_code == 6
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Readers and writers of one store at once: readers see exactly one snapshot, commits come one after the other, and nobody is in the way."""
+"""Readers and writers of one store at once: a reader sees exactly one snapshot, commits come one after the other, nobody is in the way."""
 
 import random
 import time
@@ -70,9 +70,7 @@ def _read_and_write(folder: Path, tell: Callable[[str], None], *, n_readers: int
             assert documents == states[int(number)], f"snapshot {number}"
     n_seen = len({number for result in results for number in result["seen"]})
     searches, opened = (sum(result[name] for result in results) for name in ("searches", "opened"))
-    tell(
-        f"readers: {n_readers} beside {len(states)} snapshots; {n_seen} of them seen, opened {opened:,} times, {searches:,} searches compared"
-    )
+    tell(f"readers: {n_readers} beside {len(states)} snapshots, {n_seen} of them seen; opened {opened:,} times, {searches:,} searches")
     assert n_seen > 2
     knnstore.gc(path, keep=1)
     assert knnstore.verify(path).problems == ()

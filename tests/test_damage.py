@@ -8,7 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,27 +21,31 @@ import pytest
 from damage import REPLACEMENTS, Child, files_by_role, restored
 from stores import create_store, draw_keys, draw_values
 
+import knnstore
 from knnstore.errors import DamageError, ExistsError
 from knnstore.format import HEADER_SIZE
 
 # What each way of asking must read. `open` reads what names the snapshot, and every other way opens first.
 OPENING = {"KNNSTORE", "CURRENT", "manifest"}
+TAGGED = {"KNNSTORE", "manifest", "tag"}  # what names a snapshot that is opened by its tag
 QUANTIZERS = {"space space.json", "space rotation.bin", "space centroids.bin", "coarse centroids.bin"}
 READS = {
     "open": OPENING,
     "search": OPENING | QUANTIZERS | {"lists.bin", "lists.dir"},
+    "tagged": TAGGED | QUANTIZERS | {"lists.bin", "lists.dir"},
     "contexts": OPENING | QUANTIZERS | {"values.bin", "contexts.lmdb"},
     "exact": OPENING | QUANTIZERS | {"values.bin", "keys.bin"},
     "find": OPENING | QUANTIZERS | {"ids.bin", "contexts.lmdb"},
 }
 READS_RAW = {**READS, "exact": READS["search"] | {"values.bin"}}  # lists of raw keys are the keys
 # What is compared with a checksum as a whole before its first use.
-CHECKED_WHOLE = OPENING | QUANTIZERS | {"lists.dir", "contexts.lmdb"}
+CHECKED_WHOLE = OPENING | {"tag"} | QUANTIZERS | {"lists.dir", "contexts.lmdb"}
 BINARY = QUANTIZERS - {"space space.json"} | {"lists.bin", "lists.dir", "values.bin", "ids.bin", "keys.bin"}
 # What level quick does not read in full: the bytes of lists, values, ids, keys (but for header and checksums) and contexts.
 UNREAD_WHEN_QUICK = {"lists.bin", "values.bin", "ids.bin", "keys.bin", "contexts.lmdb"}
 
 STORES = ("pq4", "pq8", "raw")
+TRIED: Counter[str] = Counter()  # what the tests did, told at their end
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Bench:
     def check(self, role: str, done: str, *, seen_by_quick: bool, answers: dict[str, str] | None = None) -> None:
         """The laws, for a file that was damaged. done: how; answers: those of the damaged store, if they were asked for already."""
         path = self.roles[role].relative_to(self.pristine).as_posix()
+        TRIED["damages"] += 1
         for level in ("full", "quick") if seen_by_quick else ("full",):
             report = self.verify(level)
             assert not report["ok"], f"{role}, {done}: verify --level {level} did not see it"
@@ -83,7 +89,9 @@ class Bench:
         refusals = {"DamageError", "FormatError"} if role in ("KNNSTORE", "manifest") else {"DamageError"}
         for way, answer in answers.items():
             if answer == self.answers[way]:
+                TRIED["answered as before"] += 1
                 continue
+            TRIED["refused"] += 1
             assert answer in refusals, f"{role}, {done}: {way} gave {answer}, undamaged {self.answers[way]}"
             assert role in self.reads[way], f"{role}, {done}: {way} refused"
 
@@ -97,9 +105,10 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Child]:
+def child(tell: Callable[[str], None]) -> Iterator[Child]:
     with Child() as running:
         yield running
+    tell("damage: " + ", ".join(f"{n:,} {what}" for what, n in TRIED.items()))
 
 
 def _create(kind: str, path: Path, seed: int) -> None:
@@ -115,6 +124,7 @@ def _create(kind: str, path: Path, seed: int) -> None:
     total = sum(n)
     documents = damage.text_documents(n, domains=("a", "b"))
     create_store(path, draw_keys(seed, total, 10), draw_values(seed, total), documents, **options)
+    knnstore.tag(path, "kept")
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +162,15 @@ def test_a_store_is_clean_before_and_after(bench: Bench) -> None:
 
 def test_every_kind_of_file_is_there(benches: dict[str, Bench]) -> None:
     """The damaged stores have every file that a store can have."""
-    assert set(benches["pq4"].roles) == OPENING | QUANTIZERS | {*UNREAD_WHEN_QUICK, "lists.dir", "segment.json"}
+    assert set(benches["pq4"].roles) == OPENING | QUANTIZERS | {*UNREAD_WHEN_QUICK, "lists.dir", "segment.json", "tag"}
 
 
 def test_files_of_another_kind(bench: Bench) -> None:
     """A file that is gone, or is a folder, a FIFO or a link, is found at both levels; nothing waits for it."""
     for role in bench.roles:
         for done, replace in REPLACEMENTS.items():
+            if (role, done) == ("tag", "removed"):
+                continue  # as by `untag`
             with restored(bench.store, bench.pristine):
                 replace(bench.path(role))
                 bench.check(role, done, seen_by_quick=True)
@@ -247,6 +259,7 @@ def test_inverted_bytes(bench: Bench, benches: dict[str, Bench], mask: int) -> N
                 done = f"byte {at} of {size} ^ {mask:#x}"
                 assert not missed, f"{role}, {done}: not seen by {missed}"
                 bench.check_answers(role, done, answers)
+                TRIED["bytes changed"] += 1
                 refused = [way for way, answer in answers.items() if answer in ("DamageError", "FormatError")]
                 assert role not in CHECKED_WHOLE or refused == [way for way in answers if role in bench.reads[way]], (
                     f"{role}, {done}: {answers}"
@@ -326,7 +339,7 @@ def test_command_exits_8(bench: Bench) -> None:
     """`knnstore verify` names each damaged file and exits with 8, also in JSON; `info` reads the manifest only."""
     for role in bench.roles:
         name = bench.roles[role].relative_to(bench.pristine).as_posix()
-        for do in (partial(damage.invert, at=bench.roles[role].stat().st_size // 2), damage.remove):
+        for do in (partial(damage.invert, at=bench.roles[role].stat().st_size // 2), damage.to_folder):
             with restored(bench.store, bench.pristine):
                 do(bench.path(role))
                 told = bench.child.ask("command", bench.store, arguments=["verify", "--store", str(bench.store), "--json"])

@@ -256,8 +256,8 @@ def test_nothing_is_left(past: Path, tmp_path: Path) -> None:
     """Where no segment of any snapshot is whole, or no manifest, it is said and nothing is changed."""
     for pattern, said in (
         ("manifests/*.json", "no manifest is whole"),
-        ("segments/*/values.bin", "no segment"),
-        ("spaces/*/space.json", "no segment"),
+        ("segments/*/values.bin", "no document"),
+        ("spaces/*/space.json", "no document"),
     ):
         path = copied(past, tmp_path / said.replace(" ", "") / pattern[:4])
         for file in path.glob(pattern):

@@ -1,5 +1,6 @@
 """Looks for what is left of a document in all files of a store, without knnstore's own readers where a format can be read plainly."""
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator
@@ -49,10 +50,8 @@ def _in_bytes(raw: bytes, drawn: Drawn) -> Iterator[str]:
     at = raw.find(ZSTD)
     pieces = [raw]
     while at >= 0:
-        try:
+        with contextlib.suppress(zstandard.ZstdError):  # bytes that look like the beginning of a frame
             pieces.append(zstandard.ZstdDecompressor().decompressobj().decompress(raw[at:]))
-        except zstandard.ZstdError:
-            pass  # bytes that look like the beginning of a frame
         at = raw.find(ZSTD, at + 1)
     for what, words in _words(drawn).items():
         if any(word in piece for word in words for piece in pieces):

@@ -406,6 +406,9 @@ def write_snapshot(store: StoreFolder, manifest: Manifest) -> None:
 def _place(staged: Iterable[tuple[Path, Path]]) -> None:
     parents = set()
     for source, target in staged:
+        if not target.parent.exists():  # empty folders are lost in some ways of copying
+            disk.make_folder(target.parent)
+            disk.sync_folder(target.parent.parent)
         if not target.exists():
             disk.rename(source, target)
         parents.add(target.parent)

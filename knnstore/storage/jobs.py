@@ -151,7 +151,10 @@ def moved_by(store: StoreFolder, folder: Path) -> set[Path]:
 
 
 def remove_abandoned(store: StoreFolder, command: str) -> None:
-    """Removes the jobs of a command that cannot be continued and that no process is at any more."""
-    for name, arguments in other_jobs(store, ""):
-        if arguments.get("command") == command:
-            remove_job(store.staging / name)
+    """Removes the jobs of a command that cannot be continued and that no process is at any more, and what kills left of any removed one."""
+    jobs = dict(other_jobs(store, ""))
+    for folder in sorted(path for path in store.staging.glob("*") if path.is_dir()):
+        if folder.suffix == _DOOMED:
+            disk.remove_tree(folder)
+        elif not (folder / JOB_FILE).exists() or jobs.get(folder.name, {}).get("command") == command:
+            remove_job(folder)  # one without arguments was killed before it began
