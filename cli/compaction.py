@@ -60,4 +60,4 @@ def _summary(fields: dict[str, Any]) -> str:
         f"{counted(side['segments'], 'segment')}, {counted(side['entries'], 'entry', 'entries')}, {shown_bytes(side['bytes']['total'])}"
         for side in (fields["before"], fields)
     ]
-    return f"{fields['path']}: {' → '.join(sides)}; snapshot {fields['snapshot']}; run `knnstore gc` to give the space back"
+    return f"{fields['path']}: {' → '.join(sides)}; snapshot {fields['snapshot']}; run `knnstore gc --keep 1` to give the space back"

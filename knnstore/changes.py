@@ -186,7 +186,6 @@ class _Application:
         """Rows of the documents that go. One that went already is no conflict; one whose content is another by now is."""
         if not self._change.removes:
             return
-        rewritten = {record.content.uuid for record in self._change.replaced}  # without the documents that go
         with ExitStack() as stack:
             segments = open_segments(self._store, self._current)
             for segment in segments:
@@ -199,9 +198,8 @@ class _Application:
                     if record.last and record.content_hash != key.content_hash:
                         raise self._conflict(f"document {key.id!r} of domain {key.domain!r} was replaced")
                     found = True
-                    uuid = segments[number].content.uuid
-                    if uuid not in rewritten:
-                        self._dead.setdefault(uuid, []).append((record.first_row, record.first_row + record.n_entries))
+                    rows = record.first_row, record.first_row + record.n_entries
+                    self._dead.setdefault(segments[number].content.uuid, []).append(rows)
                 self._gone[key.domain] += found
 
     def _check_added(self) -> None:

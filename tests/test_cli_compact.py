@@ -24,7 +24,7 @@ def test_what_it_prints(path: Path) -> None:
     done = well("compact", "--store", path)
     assert done.stdout.startswith(f"{path}: 2 segments, 11 entries, ")
     assert " → 1 segment, 11 entries, " in done.stdout
-    assert done.stdout.endswith("snapshot 4; run `knnstore gc` to give the space back\n")
+    assert done.stdout.endswith("snapshot 4; run `knnstore gc --keep 1` to give the space back\n")
     assert "rewriting: 11 entries" in done.stderr
     assert well("compact", "--store", path).stdout == f"{path}: nothing to compact; snapshot 4 stays\n"
     assert list_manifests(StoreFolder(path)) == [1, 2, 3, 4]

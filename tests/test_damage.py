@@ -208,7 +208,7 @@ def test_folders_of_another_kind(bench: Bench) -> None:
     folders = sorted(path for parent in folders for path in parent.iterdir() if path.is_dir() and any(path.iterdir()))
     for folder in folders:
         name = folder.relative_to(bench.pristine)
-        for done in ("removed", "file", "FIFO", "link"):
+        for done in ("removed", "file", "FIFO", "link")[str(name) == "tags" :]:  # without tags it may be missing
             with restored(bench.store, bench.pristine):
                 target = bench.store / name
                 if done == "link":

@@ -321,9 +321,17 @@ def an_entry_store(path: Path, *, seed: int = 0, then: Callable[[], None] = lamb
 
 
 def conflict(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process commits to the store while this one builds."""
-    an_entry_store(folder / "other.knn")
-    an_entry_store(folder / "store.knn", then=lambda: shutil.copytree(folder / "other.knn", folder / "store.knn", dirs_exist_ok=True))
+    """Others add the same document while an append is built."""
+    an_entry_store(folder / "store.knn")
+
+    def batch(value: int) -> tuple[Any, Any, list[knnstore.EntryDocument]]:
+        return np.ones((1, 4)), [value], [knnstore.EntryDocument(id="b", n_entries=1)]
+
+    def batches() -> Iterator[tuple[Any, Any, list[knnstore.EntryDocument]]]:
+        yield batch(1)
+        knnstore.append_entries(folder / "store.knn", [batch(2)])
+
+    knnstore.append_entries(folder / "store.knn", batches())
 
 
 def locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A datastore of books that lives: create, append, merge, delete, compact, gc, as typed; after each it is what one made in one go is.
 
 The books are pieces of the sample that ships with the package. KNNSTORE_TEST_BOOKS may name a folder with real ones: six or more `.txt`
-files in `dickens`, two or more in `general`; of each the first 100,000 characters are taken.
+files in `dickens`, two or more in `general`; of each the first 60,000 characters are taken.
 """
 
 import os
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import knnstore
 
 REAL = os.environ.get("KNNSTORE_TEST_BOOKS")
-CHARACTERS = 100_000  # of each real book
+CHARACTERS = 60_000  # of each real book
 K = 50
 
 Books = Mapping[tuple[str, str], str]  # (domain, document) → text

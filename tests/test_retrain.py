@@ -192,3 +192,16 @@ def test_a_model_that_is_not_needed_is_said_to_be_so(merged, tmp_path, model):
         knnstore.compact(tmp_path / "s.knn", retrain=True, model=model, progress=told).close()
     assert not counts
     assert told.notes == ["the model is not used: nothing has to be computed again"]
+
+
+def test_the_same_space_again(merged, tmp_path, model, monkeypatch):
+    """What was trained on the same sample of the same text comes out as the same space, and the commit finds it in its place."""
+    monkeypatch.setitem(space.MIN_TRAINING, Codec.PQ4, 300)
+    knnstore.merge([merged / "plain.knn"], tmp_path / "s.knn").close()
+    for _ in range(2):
+        knnstore.compact(tmp_path / "s.knn", retrain=True, model=model).close()
+    assert_clean(tmp_path / "s.knn")
+    with knnstore.open(tmp_path / "s.knn") as store, knnstore.open(merged / "plain.knn") as before:
+        assert store.snapshot == 3
+        assert named_texts(store) == named_texts(before)
+        assert len(store.manifest.spaces) == 1

@@ -173,13 +173,13 @@ class CatalogCheck:
             raise FindingError(
                 "manifest", f"it names {'no parent' if manifest.parent is None else f'snapshot {manifest.parent[0]} as its parent'}"
             )
-        if manifest.parent is not None:
-            self._parents[manifest.parent[0]] = (number, manifest.parent[1])
         if named not in (None, sha256):
             if manifest.uuid != identity:
                 raise FindingError("manifest", f"it is of store {manifest.uuid}, and not the one whose sha256 CURRENT gives")
             self._findings.add("current", self._store.current, f"it gives sha256 {named}, but {path.name} is whole and has {sha256}")
         self._uuids[number] = manifest.uuid
+        if manifest.parent is not None and identity in (None, manifest.uuid):  # one of another store says nothing of this one's past
+            self._parents[manifest.parent[0]] = (number, manifest.parent[1])
         return manifest
 
     def _compare_uuids(self, identity: str | None) -> None:
