@@ -51,9 +51,9 @@ VALUES_BLOCK = 65_536  # bytes of values, keys or ids under one checksum: read a
 TEXT_FRAME_RAW = 4_096  # bytes: a decompressed text frame has at most this (one hit decompresses one or two)
 TEXT_FRAME_PACKED = 2_012  # bytes: two such records fill one 4 KiB page of LMDB; larger ones would take a page each
 TEXT_FRAME_MAX = 1 << 22  # bytes: a reader refuses to decompress more (one token may span much text)
-DOCUMENT_RECORD_MAX = 1 << 26  # bytes of one decompressed document record that a reader accepts
+DOCUMENT_RECORD_MAX = 1 << 22  # bytes of one decompressed document record that a reader accepts: as JSON it takes 25 times as much
 SEGMENT_ENTRIES = 1 << 23  # entries in one segment at most: bounds the memory of writing its lists to 12 bytes an entry
-MANIFEST_MAX = 1 << 28  # bytes of a manifest that a reader accepts
+MANIFEST_MAX = 1 << 26  # bytes of a manifest that a reader accepts: two million dead ranges
 
 
 class Kind(IntEnum):

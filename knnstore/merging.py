@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,11 @@ class _Merge:
         """What the new store says of itself before anything is in it: in most what the largest says."""
         like = max(self.sources, key=lambda source: source.n_live).manifest
         manifests = [source.manifest for source in self.sources]
+        said = (manifest.checkpoint.tokenizer for manifest in (like, *manifests))
+        tokenizer = next((name for name in said if name is not None), None)
         return blank_manifest(
             store_uuid,
-            checkpoint=like.checkpoint,
+            checkpoint=replace(like.checkpoint, tokenizer=tokenizer),
             key=like.key,
             tokens=next((manifest.tokens for manifest in (like, *manifests) if manifest.tokens is not None), None),
             windows=next((manifest.windows for manifest in (like, *manifests) if manifest.windows is not None), None),

@@ -21,6 +21,7 @@ from knnstore.storage.catalog import StoreFolder, folders_of, identity_bytes, li
 from knnstore.storage.files import disk, hold_lock, replace_file, sha256_file, unless_held
 from knnstore.storage.jobs import moved_by
 from knnstore.storage.manifest import Manifest, Operation
+from knnstore.storage.manifest_json import SNAPSHOT_MAX
 from knnstore.storage.tags import read_tag, tag_name
 from knnstore.verification.datastore import Examination, Problem, VerifyReport
 
@@ -135,7 +136,8 @@ class _Repair:
         named = 0 if catalog.current is None else catalog.current[0]
         counts = catalog.believed and named == base.snapshot and base.snapshot not in self._damage.contradicted
         self._commits = not counts or self._salvage.changes()
-        numbers = list_manifests(store)
+        numbers = [number for number in list_manifests(store) if number < SNAPSHOT_MAX]
+        named = named if named < SNAPSHOT_MAX else 0
         self._uncounted = [number for number in numbers if catalog.believed and number > named] if self._commits else []
         self._number = max(named, *numbers) + 1 if self._commits else base.snapshot
         self._quarantine = Quarantine(store, self._number, dry_run=dry_run)

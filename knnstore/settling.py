@@ -41,8 +41,7 @@ def commit_growth(
         for tries_left in reversed(range(_TRIES)):
             settled = settle(job, at, new, index, dying=at.rows_of(change.removes), progress=progress)
             try:
-                # The ground's own manifest: it has the space that the new segments are in, also where others dropped it since.
-                return commit_change(store, ground.manifest, replace(change, **settled, **staged_index(job, dim)), job=job)
+                return commit_change(store, _start(ground, at), replace(change, **settled, **staged_index(job, dim)), job=job)
             except ConflictError:
                 seen = at.manifest.snapshot
                 stack.close()
@@ -56,3 +55,9 @@ def commit_growth(
                 if staged.folder not in come:
                     disk.remove_tree(staged.folder)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _start(ground: Ground, at: Ground) -> Manifest:
+    """What the work began from, with all spaces and lists that its segments may be in: of both, also where others dropped them since."""
+    first, newer = ground.manifest, at.manifest
+    return replace(first, spaces=(*first.spaces, *newer.spaces), coarse=(*first.coarse, *newer.coarse))

@@ -342,6 +342,7 @@ class FileSystem:
 
         n_single: how many of the last changes of names are lost or kept alone. n_random: how many trees are drawn at random.
         """
+        self._forget()
         every = self.pending
         subsets = [every, [], every[-1:], every[:-1]]
         for folder in {id(edit[0]) for change in every for edit in change.edits}:
@@ -355,6 +356,24 @@ class FileSystem:
             yield self._cut(names, lambda how=how: how, rng)
         for _ in range(n_random if every or self._files else 0):
             yield self.random_state(rng)
+
+    def _forget(self) -> None:
+        """Drops what happened to files and folders that no name leads to any more, whatever is lost."""
+        names: dict[int, list[_File | _Folder | None]] = {}
+        for change in self.pending:
+            for folder, _, node in change.edits:
+                names.setdefault(id(folder), []).append(node)
+        reached: set[int] = set()
+        stack: list[_File | _Folder | None] = [self.root]
+        while stack:
+            node = stack.pop()
+            if node is None or id(node) in reached:
+                continue
+            reached.add(id(node))
+            if isinstance(node, _Folder):
+                stack += [child for _, child in node.durable.values()] + names.get(id(node), [])
+        self.pending = [change for change in self.pending if any(id(folder) in reached for folder, _, _ in change.edits)]
+        self._files = [file for file in self._files if id(file) in reached]
 
     def random_state(self, rng: random.Random) -> Tree:
         """One of the trees that a cut at this moment may leave: any names, and any bytes of each file."""

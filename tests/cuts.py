@@ -1,17 +1,15 @@
 """Commands cut off everywhere: each state that a power cut may leave is opened, compared with what was and what comes, and worked on."""
 
-import contextlib
 import hashlib
-import itertools
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 from acts import STORE, Act
-from crash import FileSystem, Recording, Tree, tree_of
+from crash import Call, FileSystem, Recording, Tree, tree_of
 from living import Drawn, Key, batches, check_answers, check_contents, draw
 
 import knnstore
@@ -196,6 +194,43 @@ def check_store(path: Path, oracle: Mapping[Key, Drawn]) -> None:
     assert knnstore.verify(path, level="full").problems == ()
 
 
+@dataclass(frozen=True)
+class Played:
+    """A command that was recorded, the tree that it began on, and what was before and after it."""
+
+    act: Act
+    start: Tree
+    calls: list[Call]
+    before: Outcome
+    after: Outcome
+
+
+def record(root: Path, acts: list[Act], monkeypatch: pytest.MonkeyPatch) -> list[Played]:
+    """Records commands one after another on the store in a folder."""
+    played, before = [], Outcome.of(root / STORE, {})
+    for act in acts:
+        start = tree_of(root)
+        with Recording(root).on(monkeypatch) as recording:
+            act.run(root / STORE)
+        after = Outcome.of(root / STORE, act.oracle)
+        check_store(root / STORE, act.oracle)
+        played.append(Played(act, start, recording.calls, before, after))
+        before = after
+    return played
+
+
+def cut_off(folder: Path, played: Played, system: FileSystem, effort: Effort) -> Cuts:
+    """Replays a command and looks at every state that a cut may leave."""
+    folder.mkdir()
+    cuts = Cuts(folder, played.before, played.after, played.act, effort)
+    for number, call in enumerate(played.calls, 1):
+        system.apply(call)
+        cuts.check(system, done=number == len(played.calls))
+    shutil.rmtree(folder)
+    assert cuts.found == {"old", "new"} or played.before.is_as(played.after)
+    return cuts
+
+
 def play(
     folder: Path, monkeypatch: pytest.MonkeyPatch, acts: list[Act], tell: Callable[[str], None], effort: Effort, *, skip: int = 0
 ) -> None:
@@ -205,32 +240,40 @@ def play(
     """
     root = folder / "root"
     root.mkdir(exist_ok=True)
-    start = tree_of(root)
-    outcomes, logs = [Outcome.of(root / STORE, {})], []
-    for act in acts:
-        with Recording(root).on(monkeypatch) as recording:
-            act.run(root / STORE)
-        logs.append(recording.calls)
-        outcomes.append(Outcome.of(root / STORE, act.oracle))
-        check_store(root / STORE, act.oracle)
-    others = {path: content for path, content in start.items() if not path.startswith(STORE)}
-    system = FileSystem(start)
-    for number, (act, calls, (before, after)) in enumerate(zip(acts, logs, itertools.pairwise(outcomes), strict=True)):
-        with cut_in(folder / "cuts", before, after, act, effort) as cuts:
-            for at, call in enumerate(calls, 1):
+    others = {path: content for path, content in tree_of(root).items() if not path.startswith(STORE)}
+    played = record(root, acts, monkeypatch)
+    system = FileSystem(played[0].start)
+    for number, one in enumerate(played):
+        if number < skip:
+            for call in one.calls:
                 system.apply(call)
-                if number >= skip:
-                    cuts.check(system, done=at == len(calls))
-        if number >= skip:
-            assert cuts.found == {"old", "new"} or before.is_as(after)
-            tell(f"crash: {act.name}: {len(calls)} calls to the disk, {cuts.n_states:,} states, {cuts.n_worked_on} of them worked on")
+            continue
+        cuts = cut_off(folder / "cuts", one, system, effort)
+        tell(f"crash: {one.act.name}: {len(one.calls)} calls to the disk, {cuts.n_states:,} states, {cuts.n_worked_on} of them worked on")
     kept = system.kept()
     assert {path: kept.get(path) for path in others} == others
 
 
-@contextlib.contextmanager
-def cut_in(folder: Path, before: Outcome, after: Outcome, act: Act, effort: Effort) -> Iterator[Cuts]:
-    """Cuts whose states are shown in a folder, which is removed after."""
-    folder.mkdir()
-    yield Cuts(folder, before, after, act, effort)
-    shutil.rmtree(folder)
+def play_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, acts: list[Act], tell: Callable[[str], None], effort: Effort, *, times: int
+) -> None:
+    """Cuts each command off at `times` random moments; the same command, typed again on what is left, is then cut off everywhere."""
+    root = folder / "root"
+    root.mkdir(exist_ok=True)
+    rng = random.Random(3)
+    for one in record(root, acts, monkeypatch):
+        n_states = 0
+        for number in range(times):
+            system = FileSystem(one.start)
+            for call in one.calls[: rng.randrange(len(one.calls))]:
+                system.apply(call)
+            again = folder / f"again-{number}"
+            Shown(again).show(system.random_state(rng))
+            if not Outcome.of(again / STORE, {}).is_as(one.before):
+                shutil.rmtree(again)
+                continue
+            (second,) = record(again, [one.act], monkeypatch)
+            second = replace(second, before=one.before)
+            n_states += cut_off(folder / "cuts", second, FileSystem(second.start), effort).n_states
+            shutil.rmtree(again)
+        tell(f"crash: {one.act.name}, cut off twice: {n_states:,} states")

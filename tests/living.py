@@ -162,17 +162,19 @@ def _distortion(store: Datastore, space: str) -> float:
 
 
 def _stored(segment: Segment, rows: slice, keys: NDArray[np.float32], decoded: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What a segment keeps of a document's keys, (n, dim) in the axes of its space. decoded: what its codes stand for, by row."""
-    if segment.space.codec is Codec.RAW:
-        return keys.astype(np.float64)
-    wanted = segment.space.encode(segment.space.rotate(keys))
-    # What was encoded again was encoded from keys as they were kept.
+    """What a segment keeps of a document's keys, (n, dim) in the axes of its space. decoded: what its codes stand for, by row.
+
+    What was encoded again was encoded from keys as they were kept, which may be rounded.
+    """
     kept = {"f16": lambda: keys.astype(np.float16), "bf16": lambda: to_float32(to_bfloat16(keys), DType.BF16)}
     rounded = kept.get(segment.content.keys or "", lambda: keys)().astype(np.float32)
-    again = segment.space.encode(segment.space.rotate(rounded))
-    found = decoded[rows]
-    same = [np.isclose(segment.space.decode(codes), found, atol=1e-5).all(axis=1) for codes in (wanted, again)]
-    assert (same[0] | same[1]).all(), f"{np.flatnonzero(~(same[0] | same[1]))}: not the codes of these keys"
+    found, same = decoded[rows], np.zeros(len(keys), bool)
+    for some in (keys, rounded):
+        wanted = segment.space.rotate(some)
+        if segment.space.codec is not Codec.RAW:
+            wanted = segment.space.decode(segment.space.encode(wanted))
+        same |= np.isclose(wanted, found, atol=1e-5).all(axis=1)
+    assert same.all(), f"{np.flatnonzero(~same)}: not what these keys are encoded to"
     return found
 
 

@@ -272,23 +272,24 @@ def test_a_corpus_of_empty_files_adds_nothing(tmp_path, gpt2):
 # --- which stores, which models
 
 
-def test_the_rules_of_the_store_are_kept(tmp_path):
+@pytest.mark.parametrize(("dtype", "other"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_rules_of_the_store_are_kept(tmp_path, dtype, other):
     """Tokens, windows, key layer, index options and dtype are those it was made with, whatever the defaults are."""
     folder = tmp_path / "model"
     lms.gpt2_model().save_pretrained(folder)
     lms.gpt2_tokenizer().save_pretrained(folder)
-    options = {"eos": False, "key_layer": "final", "codec": "pq8", "seed": 3, "segment_entries": 700, "dtype": "bfloat16"}
+    options = {"eos": False, "key_layer": "final", "codec": "pq8", "seed": 3, "segment_entries": 700, "dtype": dtype}
     with make(tmp_path / "s.knn", texts(0, 2), str(folder), **options) as before:
         made = before.manifest
     with append(tmp_path / "s.knn", lms.write_texts(tmp_path / "more", texts(2, 3))) as store:  # the model that the manifest names
         now = store.manifest
         assert (now.tokens, now.windows, now.key, now.index) == (made.tokens, made.windows, made.key, made.index)
-        assert {record.content.dtype for record in now.segments} == {"bfloat16"}
+        assert {record.content.dtype for record in now.segments} == {dtype}
         assert all(record.content.entries <= 700 for record in now.segments)
         assert held(store)["default", "3.txt"].values == tuple(lms.token_ids(lms.gpt2_tokenizer(), texts(3, 1)["3.txt"]))
         check_whole(store)
-    with append(tmp_path / "s.knn", lms.write_texts(tmp_path / "wide", texts(5, 1)), dtype="float32") as store:
-        assert {record.content.dtype for record in store.manifest.segments} == {"bfloat16", "float32"}
+    with append(tmp_path / "s.knn", lms.write_texts(tmp_path / "wide", texts(5, 1)), dtype=other) as store:
+        assert {record.content.dtype for record in store.manifest.segments} == {dtype, other}
 
 
 def test_another_model_is_refused_unless_allowed(tmp_path, gpt2):

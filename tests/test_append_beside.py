@@ -200,6 +200,26 @@ def test_others_commit_while_it_runs(tmp_path, model, title):
         check_holds(store, left, model, folder)
 
 
+def test_others_join_the_segments_that_it_was_to_join(tmp_path, model):
+    """Three small segments wait for a fourth, and two appends come with one: the second joins nothing, and computes nothing again."""
+    make(tmp_path / "s.knn", texts(0, 1), model).close()
+    for number in (1, 2):
+        grow(tmp_path / "s.knn", texts(number, 1), model).close()
+    done = []
+
+    def meanwhile(stage: str, n: int) -> None:
+        if stage == EMBEDDING and not done:
+            done.append(True)
+            grow(tmp_path / "s.knn", texts(3, 1), model).close()
+
+    with counted_tokens() as computed, grow(tmp_path / "s.knn", texts(4, 1), model, progress=lms.Recorder(meanwhile)) as store:
+        assert [record.content.documents for record in store.manifest.segments] == [4, 1]
+        assert store.snapshot == 5
+    with knnstore.open(tmp_path / "s.knn") as store:
+        assert sum(computed) == sum(len(held(store)["default", f"{i}.txt"].values) for i in (3, 4))
+        check_holds(store, texts(0, 5), model, tmp_path)
+
+
 def append_some(folder: str, number: int) -> None:
     take_small_steps()
     for path in sorted(Path(folder).glob(f"part{number}.*")):

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import lms
 import pytest
-from grown import check_same, check_whole, files, held, make, texts
+from grown import check_same, check_whole, files, grow, held, make, texts
 from resumed import EMBEDDING, READING, SAMPLE, TRAINING, Counting, Stopped, counted_tokens, load, stopping, take_small_steps
 from stores import PowerCut
 
 import knnstore
+from knnstore import growth, joining
 from knnstore.errors import StorageError
 from knnstore.lm.append import append
 from knnstore.lm.models import LanguageModel
-from knnstore.storage import jobs
+from knnstore.storage import coarse, jobs
 from knnstore.store import Datastore
 
 JOINING = "joining small segments"
-FIRST = {**texts(0, 1), "again.txt": "Bah!", "old.txt": "Marley was dead"}
+FIRST = {**texts(0, 1), "again.txt": "Bah!", "1old.txt": "Marley was dead"}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def lay(folder: Path, model: LanguageModel) -> Path:
             append(folder / "s.knn", lms.write_texts(folder / f"first{number}", dict([text])), model=model).close()
         else:
             make(folder / "s.knn", dict([text]), model, segment_entries=300).close()
-    lms.write_texts(folder / "corpus", {**texts(2, 2), "again.txt": "Bah!", "long.txt": lms.book()[3_000:4_200], "old.txt": "changed"})
+    lms.write_texts(folder / "corpus", {**texts(2, 2), "again.txt": "Bah!", "long.txt": lms.book()[3_000:4_200], "1old.txt": "changed"})
     return folder
 
 
@@ -124,6 +125,38 @@ def test_a_corpus_is_tokenized_once(tmp_path, model, undisturbed):
     with add(folder, model, progress) as store:
         check_done(store, undisturbed)
     assert READING not in progress.advanced
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_lists_that_were_half_written_are_written_again(tmp_path, model, monkeypatch, others):
+    """Small segments are joined to one that is large enough for lists; their centroids are cut off."""
+    with make(tmp_path / "s.knn", texts(0, 12, 1_400), model) as store:
+        n = len(store)
+    for number in (12, 13):
+        grow(tmp_path / "s.knn", texts(number, 1, 1_400), model).close()
+    monkeypatch.setattr(coarse, "FLAT_ENTRIES", n + 1)
+    monkeypatch.setattr(joining, "FIRST_TIER", n + 1)
+    corpus = lms.write_texts(tmp_path / "corpus", texts(14, 1, 1_400))
+
+    def cut_off(lists: coarse.Coarse, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "centroids.bin").write_bytes(b"half")
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):  # noqa: PT012 - the patch is part of it
+        patch.setattr(growth, "save_coarse", cut_off)
+        append(tmp_path / "s.knn", corpus, model=model)
+    if others:  # they join those segments, with lists of their own
+        grow(tmp_path / "s.knn", texts(15, 1, 1_400), model).close()
+    n_documents = 16 if others else 15
+    with (
+        append(tmp_path / "s.knn", corpus, model=model) as store,
+        make(tmp_path / "whole.knn", texts(0, n_documents, 1_400), model) as whole,
+    ):
+        assert [record.content.nlist > 1 for record in store.manifest.segments] == [True, False][: len(store.segments)]
+        assert len(store.segments) == 1 + others
+        check_whole(store)
+        check_same(store, whole)
 
 
 # --- a stop at any write

@@ -79,7 +79,7 @@ def test_a_deletion_takes_what_was_there_or_what_others_put_in_its_place(tmp_pat
         return commit_change(*arguments, **fields)
 
     left = {name: version for name, version in base.items() if name not in deletes} | theirs
-    touched = any(left.get(name) != base[name] for name in named)
+    touched = any(name in deletes or left[name] != base[name] for name in named)
     if touched and whole:
         named = set(left)  # the domain as it is by then
     with pytest.MonkeyPatch.context() as patch:

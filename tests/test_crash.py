@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from acts import STORE, a_life, coded_life, joining_life, merge_life
 from crash import FileSystem, Recording, Tree, tree_of
-from cuts import FULL, QUICK, Outcome, Shown, play
+from cuts import FULL, QUICK, Outcome, Shown, play, play_twice
 from living import contents
 from stores import flip
 
@@ -48,6 +48,14 @@ def test_merges(fast_path, monkeypatch, tell, effort, link, into):
     """Into a new store and into one that is there; the stores that are merged stay as they were."""
     (fast_path / "root").mkdir()
     play(fast_path, monkeypatch, merge_life(fast_path / "root", link=link, into=into), tell, effort, skip=into)
+
+
+@pytest.mark.parametrize(
+    "times", [pytest.param(1, id="quick"), pytest.param(6, id="full", marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_a_second_cut(fast_path, monkeypatch, tell, times):
+    """A command that was cut off is typed again, and cut off again."""
+    play_twice(fast_path, monkeypatch, a_life() if times > 1 else a_life()[:2], tell, QUICK, times=times)
 
 
 def _newest(path: Path, pattern: str) -> Path:

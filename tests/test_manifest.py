@@ -33,6 +33,9 @@ from knnstore.storage.manifest_json import canonical, manifest_bytes, parse_mani
 text = st.text(max_size=8)  # any characters, lone surrogates too
 size = st.integers(0, 2**40)
 number = st.floats(allow_nan=False, allow_infinity=False)
+distortions = st.floats(0, 3e38)
+snapshots = st.integers(1, 10**17)
+window_rules = st.builds(WindowRule, context=st.integers(1, 1 << 30), stride=st.integers(1, 1 << 30))
 json_object = st.dictionaries(text, st.none() | st.booleans() | st.integers() | number | text | st.lists(text, max_size=2), max_size=3)
 
 
@@ -55,23 +58,23 @@ def manifests(draw: Any) -> Manifest:
         draw(
             st.builds(
                 SpaceRecord,
-                id=hexes(32),
+                id=hexes(30).map(f"{i:02x}".__add__),
                 codec=st.sampled_from(list(CODEC_NAMES)),
                 n_sub=st.integers(0, 200),
                 rotation=st.sampled_from(["random", "opq", "none"]),
-                distortion=number,
+                distortion=distortions,
                 files=files("space.json", "centroids.bin"),
             )
         )
-        for _ in range(draw(st.integers(1, 2)))
+        for i in range(draw(st.integers(1, 2)))
     ]
     coarse = [
-        CoarseRecord(id=draw(hexes(32)), space=space.id, nlist=draw(st.integers(1, 65_536)), files=draw(files("centroids.bin")))
+        CoarseRecord(id=space.id[::-1], space=space.id, nlist=draw(st.integers(1, 65_536)), files=draw(files("centroids.bin")))
         for space in spaces
         if draw(st.booleans())
     ]
     segments = []
-    for _ in range(draw(st.integers(0, 3))):
+    for i in range(draw(st.integers(0, 3))):
         lists = draw(st.sampled_from([None, *coarse]))
         space_id = lists.space if lists else draw(st.sampled_from(spaces)).id
         cuts = sorted(draw(st.sets(st.integers(1, 10_000), min_size=1, max_size=4)))
@@ -79,18 +82,18 @@ def manifests(draw: Any) -> Manifest:
         dead_cuts = sorted(draw(st.sets(st.integers(0, cuts[-1]), max_size=4)))
         dead = tuple(zip(dead_cuts[::2], dead_cuts[1::2], strict=False))
         content = SegmentContent(
-            uuid=draw(hexes(32)),
+            uuid=draw(hexes(30)) + f"{i:02x}",
             space=space_id,
             coarse=lists.id if lists else None,
             nlist=lists.nlist if lists else 1,
             entries=cuts[-1],
-            documents=draw(size),
+            documents=draw(st.integers(1, cuts[-1])),
             values=draw(st.sampled_from(["u16", "u32"])),
             keys=maybe(st.sampled_from(["f16", "bf16", "f32"])),
             text=draw(st.booleans()),
             dtype=maybe(text),
-            windows=maybe(st.builds(WindowRule, context=size, stride=size)),
-            distortion=draw(number),
+            windows=maybe(window_rules),
+            distortion=draw(distortions),
             files=draw(files("lists.bin", "lists.dir", "values.bin", "contexts.lmdb")),
         )
         segments.append(SegmentRecord(content=content, runs=runs, dead=dead, sha256=draw(hexes(64))))
@@ -110,8 +113,8 @@ def manifests(draw: Any) -> Manifest:
     )
     return Manifest(
         uuid=draw(hexes(32)),
-        snapshot=draw(size),
-        parent=maybe(st.tuples(size, hexes(64))),
+        snapshot=draw(snapshots),
+        parent=maybe(st.tuples(snapshots, hexes(64))),
         time=draw(text),
         operation=Operation(name=draw(text), arguments=draw(json_object), counts=draw(json_object)),
         checkpoint=Checkpoint(
@@ -120,11 +123,11 @@ def manifests(draw: Any) -> Manifest:
             identity=draw(hexes(64)),
             tokenizer=maybe(hexes(64)),
             architecture=draw(text),
-            vocab_size=draw(st.integers(0, 1 << 24)),
+            vocab_size=draw(st.integers(1, 1 << 24)),
         ),
         key=KeyLayer(layer=draw(text), dim=draw(st.integers(1, 65_536))),
         tokens=maybe(json_object),
-        windows=maybe(st.builds(WindowRule, context=size, stride=size)),
+        windows=maybe(window_rules),
         index=IndexOptions(
             codec=draw(st.sampled_from(["pq4", "pq8"])),
             rotation=draw(st.sampled_from(["random", "opq", "none"])),

@@ -84,7 +84,8 @@ def test_unlike_stores_are_refused_with_both_named(tmp_path, what):
         create(path, [draw(path.stem)])
     put(b, tokens={"bos": 1, "piece_chars": 10, "eos": False}, checkpoint=replace(checkpoint(), tokenizer="ab" * 32))
     merge([a, b], tmp_path / "alike.knn")
-    assert newest(tmp_path / "alike.knn").tokens == {"bos": 1, "piece_chars": 10, "eos": False}
+    made = newest(tmp_path / "alike.knn")
+    assert (made.tokens, made.checkpoint.tokenizer) == ({"bos": 1, "piece_chars": 10, "eos": False}, "ab" * 32)
     fields = dict(UNLIKE[what])
     if "key" in fields:
         fields["key"] = replace(newest(c).key, **fields["key"])
@@ -215,6 +216,11 @@ def test_others_who_change_the_store_it_goes_into(tmp_path, monkeypatch):
         meanwhile(lambda: append(b, draw("x", 1, domain="law")))
     assert_holds(b, by_key([draw("x", 1, domain="law"), draw("z", domain="law")]))
     knnstore.delete(b, "x")
+    append(b, draw("x", domain="law"))  # which then does not come from a
+    meanwhile(lambda: append(b, draw("x", 2, domain="law"), draw("w")))
+    assert_holds(b, by_key([draw("w"), draw("x", 2, domain="law"), *(draw(name, domain="law") for name in "yz")]))
+    append(b, draw("x", domain="law"))
+    knnstore.delete(b, ["y", "w"])
     meanwhile(lambda: append(b, draw("w")))
     assert_holds(b, by_key([draw("w"), *(draw(name, domain="law") for name in "xyz")]))
 

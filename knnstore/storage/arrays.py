@@ -21,6 +21,16 @@ __all__ = ["MappedArray", "checksums", "map_file", "read_array", "to_bfloat16", 
 
 Array = NDArray[Any]
 
+_TYPES: dict[Kind, tuple[DType, ...]] = {  # of the elements of each kind of array
+    Kind.DIRECTORY: (DType.U64,),
+    Kind.VALUES: (DType.U16, DType.U32),
+    Kind.KEYS: (DType.F16, DType.BF16, DType.F32),
+    Kind.ROTATION: (DType.F32,),
+    Kind.CENTROIDS: (DType.F32,),
+    Kind.COARSE: (DType.F32,),
+    Kind.IDS: (DType.U64,),
+}
+
 
 def to_bfloat16(keys: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 rounded to nearest even bfloat16, as the upper 16 bits. Finite input only."""
@@ -86,13 +96,19 @@ def read_array(path: Path, *, kind: Kind, owner: bytes, shape: tuple[int, int], 
     """
     raw = map_file(path, size)
     header = parse_header(raw[:HEADER_SIZE].tobytes(), str(path), kind=kind, owner=owner)
-    dtype = NUMPY_TYPES[header.dtype]
+    dtype = _element_type(header, path)
     body = raw[HEADER_SIZE:]
     if (header.rows, header.columns) != shape or body.nbytes != shape[0] * shape[1] * dtype.itemsize:
         raise DamageError(f"{path}: it holds {header.rows} x {header.columns}, expected {shape[0]} x {shape[1]}. Run `knnstore verify`.")
     if xxhash.xxh3_64_intdigest(body) != header.check:
         raise DamageError(f"{path}: its checksum does not match. Run `knnstore verify`.")
     return body.view(dtype).reshape(shape)
+
+
+def _element_type(header: Header, path: Path) -> np.dtype[Any]:
+    if header.dtype not in _TYPES[header.kind]:
+        raise DamageError(f"{path}: its elements are {header.dtype.name.lower()}, which such a file does not hold. Run `knnstore verify`.")
+    return NUMPY_TYPES[header.dtype]
 
 
 def checksums(body: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -110,15 +126,18 @@ def blocked_size(n_rows: int, row_bytes: int) -> int:
 class MappedArray:
     """A long array on disk: header (check: xxh3-64 of the checksums), rows, zeros to 64, one u64 checksum per 64 KiB of rows."""
 
-    def __init__(self, path: Path, *, kind: Kind, owner: bytes, n_rows: int, size: int | None = None) -> None:
-        """Raises DamageError if the file is not such an array of n_rows rows, or its table of checksums is damaged."""
+    def __init__(self, path: Path, *, kind: Kind, owner: bytes, n_rows: int, columns: int = 1, size: int | None = None) -> None:
+        """Raises DamageError if the file is not such an array of this shape, or its table of checksums is damaged."""
         raw = map_file(path, size)
         self.path = path
         self.header = parse_header(raw[:HEADER_SIZE].tobytes(), str(path), kind=kind, owner=owner)
-        self.dtype = NUMPY_TYPES[self.header.dtype]
+        self.dtype = _element_type(self.header, path)
         self._row_bytes = self.header.columns * self.dtype.itemsize
-        if self.header.rows != n_rows or raw.nbytes != blocked_size(n_rows, self._row_bytes):
-            raise DamageError(f"{path}: it holds {self.header.rows} rows in {raw.nbytes} bytes, expected {n_rows}. Run `knnstore verify`.")
+        if (self.header.rows, self.header.columns) != (n_rows, columns) or raw.nbytes != blocked_size(n_rows, self._row_bytes):
+            raise DamageError(
+                f"{path}: it holds {self.header.rows} rows of {self.header.columns} in {raw.nbytes} bytes, expected {n_rows} of {columns}. "
+                "Run `knnstore verify`."
+            )
         self._body = raw[HEADER_SIZE : HEADER_SIZE + n_rows * self._row_bytes]
         self._checks = raw[aligned(HEADER_SIZE + n_rows * self._row_bytes) :].view("<u8")
         if xxhash.xxh3_64_intdigest(self._checks) != self.header.check:

@@ -21,6 +21,7 @@ from knnstore.format import (
     CURRENT_FILE,
     FORMAT_VERSION,
     LOCK_FILE,
+    MANIFEST_MAX,
     MANIFESTS,
     MOVES_FILE,
     SEGMENTS,
@@ -32,7 +33,7 @@ from knnstore.format import (
 )
 from knnstore.storage.files import disk, hold_lock, replace_file, sha256_file, write_file
 from knnstore.storage.manifest import FileRecord, Manifest
-from knnstore.storage.manifest_json import canonical, manifest_bytes, parse_manifest
+from knnstore.storage.manifest_json import SNAPSHOT_MAX, canonical, manifest_bytes, parse_manifest
 from knnstore.storage.parse import NOT_PLAIN, parse_hex, parse_json_bytes, parse_object, parse_size, read_small
 from knnstore.storage.tags import TAG_PREFIX, list_tags, resolve
 
@@ -54,7 +55,6 @@ __all__ = [
 _CURRENT = re.compile(rb"([1-9][0-9]{0,17}) ([0-9a-f]{64})\n")
 _TRIES = 100  # a reader that loses the race against gc this often has another problem
 _SHOWN = 10  # snapshots without a tag that a message lists
-_NUMBER_MAX = 10**18 - 1  # as CURRENT and file names may have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,10 +378,10 @@ def commit_over_damage(
     known which of them counted. Raises ConflictError where another command has put the store right meanwhile, StorageError.
     """
     with hold_lock(store.lock, purpose="committing to this store", wait=True):
-        numbers = list_manifests(store)
+        numbers = [number for number in list_manifests(store) if number < SNAPSHOT_MAX]  # a file that is called so is no manifest
         with contextlib.suppress(DamageError, NotFoundError):
             current = read_current(store)
-            numbers += [current[0]] if current[0] < _NUMBER_MAX else []
+            numbers += [current[0]] if current[0] < SNAPSHOT_MAX else []
             _read_newest(store, *current)
             raise ConflictError(
                 f"{store.path}: snapshot {current[0]} is whole; another command has restored it. Look at it, then try again."
@@ -394,6 +394,11 @@ def commit_over_damage(
 def write_snapshot(store: StoreFolder, manifest: Manifest) -> None:
     """A manifest, and CURRENT naming it: the commit itself. The caller holds LOCK, and what the manifest names is in its place."""
     raw = manifest_bytes(manifest)
+    if len(raw) > MANIFEST_MAX:
+        raise InvalidArgumentError(
+            f"{store.path}: its manifest would have {len(raw)} bytes, {MANIFEST_MAX} are the most. `knnstore compact` takes the rows out "
+            "that are dead, which it lists."
+        )
     target = store.manifest(manifest.snapshot)
     temporary = target.with_suffix(".json.tmp")
     write_file(temporary, raw)

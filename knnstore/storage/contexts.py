@@ -11,7 +11,9 @@ import struct
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +24,11 @@ from numpy.typing import NDArray
 
 from knnstore.errors import DamageError
 from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX
-from knnstore.storage.parse import parse_flag, parse_hex, parse_json_bytes, parse_list, parse_mapping, parse_object, parse_size, parse_text
+from knnstore.storage.parse import parse_flag, parse_free, parse_hex, parse_json_bytes, parse_list, parse_object, parse_size, parse_text
 
 __all__ = ["FRAME", "WIDTHS", "ContextsReader", "DocumentRecord", "Span", "id_hash", "row_key"]
 
+_CHARACTERS_MAX = 1 << 48  # of a document: what is added to it stays far from the end of 64 bits
 _ROW = struct.Struct(">Q")
 FRAME = struct.Struct("<IIQBBH")  # tokens, bytes of text, index of its first character, widths of gaps and lengths, 0
 WIDTHS: tuple[np.dtype[Any], ...] = (np.dtype("u1"), np.dtype("<u2"), np.dtype("<u4"), np.dtype("<u8"))
@@ -141,13 +144,22 @@ class ContextsReader:
         self._documents, self._text = self._shared.databases
         self.first_rows = self._read_first_rows()
 
+    @contextmanager
+    def _reading(self, *, buffers: bool = False) -> Iterator[Any]:
+        """A transaction. Raises DamageError for what LMDB finds wrong, and for keys that are no rows."""
+        try:
+            with self._env.begin(buffers=buffers) as transaction:
+                yield transaction
+        except (lmdb.Error, struct.error) as error:
+            raise DamageError(f"{self.path}: its pages are damaged: {error}. Run `knnstore verify`.") from error
+
     def _read_first_rows(self) -> NDArray[np.int64]:
-        with self._env.begin() as transaction:
+        with self._reading() as transaction:
             raw = transaction.get(b"first_rows")
         if raw is None or len(raw) % 8:
             raise DamageError(f"{self.path}: its list of documents is missing. Run `knnstore verify`.")
         rows = np.frombuffer(raw, "<u8").astype(np.int64)
-        if len(rows) and (rows[0] != 0 or (np.diff(rows) <= 0).any() or rows[-1] >= self.n_rows):
+        if not len(rows) or rows[0] != 0 or (np.diff(rows) <= 0).any() or rows[-1] >= self.n_rows:
             raise DamageError(f"{self.path}: its documents' first rows do not rise from 0 to {self.n_rows}. Run `knnstore verify`.")
         return rows
 
@@ -161,18 +173,26 @@ class ContextsReader:
 
     def document_at(self, first_row: int) -> DocumentRecord:
         """The record of the document that begins at first_row."""
-        with self._env.begin(buffers=True) as transaction:
+        with self._reading(buffers=True) as transaction:
             packed = transaction.get(_ROW.pack(first_row), db=self._documents)
             if packed is None:
                 raise DamageError(f"{self.path}: no document begins at row {first_row}. Run `knnstore verify`.")
             raw = self._decompress(packed, DOCUMENT_RECORD_MAX)
-        return _parse_document(raw, first_row, str(self.path))
+        return self._parse(raw, first_row)
+
+    def _parse(self, raw: bytes, first_row: int) -> DocumentRecord:
+        record = _parse_document(raw, first_row, str(self.path))
+        at = int(np.searchsorted(self.first_rows, first_row, side="right"))
+        stop = self.n_rows if at == len(self.first_rows) else int(self.first_rows[at])
+        if self.first_rows[at - 1] != first_row or first_row + record.n_entries != stop:
+            raise DamageError(f"{self.path}: the document at row {first_row} does not end where the next begins. Run `knnstore verify`.")
+        return record
 
     def documents(self) -> Iterator[DocumentRecord]:
         """All records in row order."""
-        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._documents) as cursor:
+        with self._reading(buffers=True) as transaction, transaction.cursor(db=self._documents) as cursor:
             for key, packed in cursor:
-                yield _parse_document(self._decompress(packed, DOCUMENT_RECORD_MAX), _ROW.unpack(bytes(key))[0], str(self.path))
+                yield self._parse(self._decompress(packed, DOCUMENT_RECORD_MAX), _ROW.unpack(bytes(key))[0])
 
     def packed_records(self, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
         """First row and record, as it lies there, of each document that begins in the rows [first, stop)."""
@@ -183,7 +203,7 @@ class ContextsReader:
         return self._packed(self._text, first, stop)
 
     def _packed(self, database: Any, first: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        with self._env.begin() as transaction, transaction.cursor(db=database) as cursor:
+        with self._reading() as transaction, transaction.cursor(db=database) as cursor:
             found = cursor.set_range(_ROW.pack(first))
             while found and (row := _ROW.unpack(cursor.key())[0]) < stop:
                 yield row, cursor.value()
@@ -192,7 +212,7 @@ class ContextsReader:
     def span(self, first: int, stop: int) -> Span | None:
         """Text and character offsets of the rows [first, stop) of one document; None where the segment has no text."""
         parts: list[tuple[int, NDArray[np.int64], NDArray[np.int64], str, int]] = []
-        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._text) as cursor:
+        with self._reading(buffers=True) as transaction, transaction.cursor(db=self._text) as cursor:
             found = cursor.set_range(_ROW.pack(first))
             if not found or _ROW.unpack(bytes(cursor.key()))[0] > first:
                 found = cursor.prev() if found else cursor.last()
@@ -202,6 +222,8 @@ class ContextsReader:
         if not parts or parts[0][0] + len(parts[0][1]) <= first:
             return None
         row = parts[0][0]
+        if any(a[0] + len(a[1]) != b[0] for a, b in pairwise(parts)):
+            raise DamageError(f"{self.path}: its text has gaps between rows {row} and {stop}. Run `knnstore verify`.")
         starts = np.concatenate([part[1] for part in parts])
         ends = np.concatenate([part[2] for part in parts])
         if len(starts) < stop - row:
@@ -210,7 +232,7 @@ class ContextsReader:
 
     def frames(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], str, int]]:
         """Every frame in order: first row, starts, ends, text, index of the text's first character."""
-        with self._env.begin(buffers=True) as transaction, transaction.cursor(db=self._text) as cursor:
+        with self._reading(buffers=True) as transaction, transaction.cursor(db=self._text) as cursor:
             for key, packed in cursor:
                 yield (_ROW.unpack(bytes(key))[0], *self._unpack_frame(self._decompress(packed, TEXT_FRAME_MAX)))
 
@@ -227,6 +249,8 @@ class ContextsReader:
         if len(raw) < FRAME.size:
             raise DamageError(f"{self.path}: a text frame of {len(raw)} bytes. Run `knnstore verify`.")
         n, text_bytes, base, gap_width, length_width, _ = FRAME.unpack(raw[: FRAME.size])
+        if base > _CHARACTERS_MAX:
+            raise DamageError(f"{self.path}: a text frame that begins at character {base}. Run `knnstore verify`.")
         if max(gap_width, length_width) >= len(WIDTHS):
             raise DamageError(f"{self.path}: a text frame with integers of unknown width. Run `knnstore verify`.")
         gap_type, length_type = WIDTHS[gap_width], WIDTHS[length_width]
@@ -242,7 +266,10 @@ class ContextsReader:
             text = raw[stop:].decode()
         except UnicodeDecodeError as error:
             raise DamageError(f"{self.path}: a text frame that is not UTF-8: {error}. Run `knnstore verify`.") from error
-        return ends - lengths, ends, text, base
+        starts = ends - lengths
+        if n and (starts[0] < 0 or (ends < starts).any() or (np.diff(starts) < 0).any()):
+            raise DamageError(f"{self.path}: the offsets of a text frame do not rise. Run `knnstore verify`.")
+        return starts, ends, text, base
 
 
 def _parse_document(raw: bytes, first_row: int, at: str) -> DocumentRecord:
@@ -256,7 +283,7 @@ def _parse_document(raw: bytes, first_row: int, at: str) -> DocumentRecord:
         first_row=first_row,
         n_entries=parse_size(fields["entries"], f"{at}.entries"),
         prefix=prefix,
-        metadata=parse_mapping(fields["metadata"], f"{at}.metadata"),
+        metadata=parse_free(fields["metadata"], f"{at}.metadata"),
         content_hash=None if fields["hash"] is None else parse_hex(fields["hash"], f"{at}.hash", 64),
         n_chars=None if fields["chars"] is None else parse_size(fields["chars"], f"{at}.chars"),
         part=parse_size(fields["part"], f"{at}.part"),

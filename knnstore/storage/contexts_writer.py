@@ -13,6 +13,7 @@ from knnstore.format import DOCUMENT_RECORD_MAX, TEXT_FRAME_MAX, TEXT_FRAME_PACK
 from knnstore.storage.contexts import FRAME, WIDTHS, ContextsReader, DocumentRecord, id_hash, row_key
 from knnstore.storage.files import adopt
 from knnstore.storage.manifest_json import canonical
+from knnstore.storage.parse import DEPTH_MAX, is_too_deep
 
 __all__ = ["ContextsWriter"]
 
@@ -85,6 +86,8 @@ class ContextsWriter:
             raise InvalidArgumentError(
                 f"document {record.id!r}: its metadata is not JSON: {error}. Use strings, numbers and lists."
             ) from error
+        if is_too_deep(record.metadata):
+            raise InvalidArgumentError(f"document {record.id!r}: its metadata is nested more than {DEPTH_MAX} deep. Make it flatter.")
         if len(raw) > DOCUMENT_RECORD_MAX:
             raise InvalidArgumentError(f"document {record.id!r}: metadata of {len(raw)} bytes; {DOCUMENT_RECORD_MAX} are the most.")
         key = row_key(record.first_row)

@@ -7,8 +7,26 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from knnstore.errors import DamageError, FormatError
-from knnstore.format import CODECS_BY_NAME, FORMAT_VERSION, MAX_VOCABULARY, READER_FEATURES, ROTATIONS, ROW_BITS
+from knnstore.format import (
+    CENTROIDS_FILE,
+    CODECS_BY_NAME,
+    CONTEXTS_FILE,
+    DIRECTORY_FILE,
+    FORMAT_VERSION,
+    IDS_FILE,
+    KEYS_FILE,
+    LISTS_FILE,
+    MAX_VOCABULARY,
+    READER_FEATURES,
+    ROTATION_FILE,
+    ROTATIONS,
+    ROW_BITS,
+    SPACE_FILE,
+    VALUES_FILE,
+)
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
     SEED_MAX,
@@ -25,6 +43,7 @@ from knnstore.storage.manifest import (
 )
 from knnstore.storage.parse import (
     parse_flag,
+    parse_free,
     parse_hex,
     parse_json_bytes,
     parse_list,
@@ -37,10 +56,16 @@ from knnstore.storage.parse import (
 )
 from knnstore.storage.rows import as_ranges
 
-__all__ = ["canonical", "manifest_bytes", "parse_manifest", "parse_segment_content", "segment_content_fields"]
+__all__ = ["SNAPSHOT_MAX", "canonical", "manifest_bytes", "parse_manifest", "parse_segment_content", "segment_content_fields"]
 
 KEY_TYPES = ("f16", "bf16", "f32")
 VALUE_TYPES = ("u16", "u32")
+SPACE_FILES = frozenset((SPACE_FILE, ROTATION_FILE, CENTROIDS_FILE))
+COARSE_FILES = frozenset((CENTROIDS_FILE,))
+SEGMENT_FILES = frozenset((LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FILE, IDS_FILE, KEYS_FILE))
+SNAPSHOT_MAX = 10**17  # ten times fewer than a file name has digits for: there is always a next one
+DIM_MAX = 1 << 20  # dimensions of a key
+DISTANCE_MAX = 3e38  # squared distances are float32
 CALIBRATION_STATES = ("fresh", "stale", "default")
 
 
@@ -138,13 +163,13 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
     defaults = parse_object(fields["defaults"], f"{at}.defaults", required=("k", "nprobe"))
     manifest = Manifest(
         uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
-        snapshot=parse_size(fields["snapshot"], f"{at}.snapshot"),
+        snapshot=parse_size(fields["snapshot"], f"{at}.snapshot", least=1, most=SNAPSHOT_MAX),
         parent=_parse_parent(fields["parent"], f"{at}.parent"),
         time=parse_text(fields["time"], f"{at}.time"),
         operation=_parse_operation(fields["operation"], f"{at}.operation"),
         checkpoint=_parse_checkpoint(fields["checkpoint"], f"{at}.checkpoint"),
         key=_parse_key(fields["key"], f"{at}.key"),
-        tokens=None if fields["tokens"] is None else parse_mapping(fields["tokens"], f"{at}.tokens"),
+        tokens=None if fields["tokens"] is None else parse_free(fields["tokens"], f"{at}.tokens"),
         windows=_parse_windows(fields["windows"], f"{at}.windows"),
         index=_parse_index(fields["index"], f"{at}.index"),
         spaces=tuple(_parse_space(raw, f"{at}.spaces[{i}]") for i, raw in enumerate(parse_list(fields["spaces"], f"{at}.spaces"))),
@@ -166,6 +191,9 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
 def _check_references(manifest: Manifest, at: str) -> None:
     spaces = {space.id for space in manifest.spaces}
     coarse = {item.id: item for item in manifest.coarse}
+    uuids = {segment.content.uuid for segment in manifest.segments}
+    if (len(spaces), len(coarse), len(uuids)) != (len(manifest.spaces), len(manifest.coarse), len(manifest.segments)):
+        raise DamageError(f"{at}: it lists a space, a coarse quantizer or a segment twice. Run `knnstore verify`.")
     for segment in manifest.segments:
         content = segment.content
         lists = coarse.get(content.coarse) if content.coarse is not None else None
@@ -182,12 +210,12 @@ def _parse_parent(raw: object, at: str) -> tuple[int, str] | None:
     if raw is None:
         return None
     fields = parse_object(raw, at, required=("sha256", "snapshot"))
-    return parse_size(fields["snapshot"], f"{at}.snapshot"), parse_hex(fields["sha256"], f"{at}.sha256", 64)
+    return parse_size(fields["snapshot"], f"{at}.snapshot", least=1, most=SNAPSHOT_MAX), parse_hex(fields["sha256"], f"{at}.sha256", 64)
 
 
 def _parse_operation(raw: object, at: str) -> Operation:
     fields = parse_object(raw, at, required=("arguments", "counts", "name"))
-    arguments, counts = (parse_mapping(fields[name], f"{at}.{name}") for name in ("arguments", "counts"))
+    arguments, counts = (parse_free(fields[name], f"{at}.{name}") for name in ("arguments", "counts"))
     return Operation(name=parse_text(fields["name"], f"{at}.name"), arguments=arguments, counts=counts)
 
 
@@ -199,34 +227,32 @@ def _parse_checkpoint(raw: object, at: str) -> Checkpoint:
         identity=parse_hex(fields["identity"], f"{at}.identity", 64),
         tokenizer=None if fields["tokenizer"] is None else parse_hex(fields["tokenizer"], f"{at}.tokenizer", 64),
         architecture=parse_text(fields["architecture"], f"{at}.architecture"),
-        vocab_size=parse_size(fields["vocab_size"], f"{at}.vocab_size", most=MAX_VOCABULARY),
+        vocab_size=parse_size(fields["vocab_size"], f"{at}.vocab_size", least=1, most=MAX_VOCABULARY),
     )
 
 
 def _parse_key(raw: object, at: str) -> KeyLayer:
     fields = parse_object(raw, at, required=("dim", "layer"))
-    return KeyLayer(layer=parse_text(fields["layer"], f"{at}.layer"), dim=parse_size(fields["dim"], f"{at}.dim", most=1 << 20))
+    return KeyLayer(layer=parse_text(fields["layer"], f"{at}.layer"), dim=parse_size(fields["dim"], f"{at}.dim", least=1, most=DIM_MAX))
 
 
 def _parse_index(raw: object, at: str) -> IndexOptions:
     fields = parse_object(raw, at, required=("codec", "keep_keys", "rotation", "seed", "segment_entries"))
-    segment_entries = parse_size(fields["segment_entries"], f"{at}.segment_entries", most=1 << 32)
-    if not segment_entries:
-        raise DamageError(f"{at}.segment_entries: 0. Run `knnstore verify`.")
     return IndexOptions(
         codec=parse_word(fields["codec"], f"{at}.codec", ("pq4", "pq8")),
         rotation=parse_word(fields["rotation"], f"{at}.rotation", ROTATIONS),
         keep_keys=None if fields["keep_keys"] is None else parse_word(fields["keep_keys"], f"{at}.keep_keys", KEY_TYPES),
         seed=parse_size(fields["seed"], f"{at}.seed", most=SEED_MAX),
-        segment_entries=segment_entries,
+        segment_entries=parse_size(fields["segment_entries"], f"{at}.segment_entries", least=1, most=1 << 32),
     )
 
 
-def _parse_files(raw: object, at: str) -> tuple[FileRecord, ...]:
+def _parse_files(raw: object, at: str, names: frozenset[str]) -> tuple[FileRecord, ...]:
+    """names: what the format has in such a folder; also what keeps a path inside it."""
     records = []
     for name, item in parse_mapping(raw, at).items():
-        if "/" in name or name.startswith("."):
-            raise DamageError(f"{at}: {name!r} is not a file name of the format. Run `knnstore verify`.")
+        if name not in names:
+            raise DamageError(f"{at}: {name[:80]!r} is not a file name of the format. Run `knnstore verify`.")
         entry = parse_object(item, f"{at}.{name}", required=("sha256", "size"))
         size = parse_size(entry["size"], f"{at}.{name}.size")
         records.append(FileRecord(name=name, size=size, sha256=parse_hex(entry["sha256"], f"{at}.{name}.sha256", 64)))
@@ -238,10 +264,10 @@ def _parse_space(raw: object, at: str) -> SpaceRecord:
     return SpaceRecord(
         id=parse_hex(fields["id"], f"{at}.id", 32),
         codec=CODECS_BY_NAME[parse_word(fields["codec"], f"{at}.codec", tuple(CODECS_BY_NAME))],
-        n_sub=parse_size(fields["n_sub"], f"{at}.n_sub"),
-        rotation=parse_text(fields["rotation"], f"{at}.rotation"),
-        distortion=parse_number(fields["distortion"], f"{at}.distortion"),
-        files=_parse_files(fields["files"], f"{at}.files"),
+        n_sub=parse_size(fields["n_sub"], f"{at}.n_sub", most=DIM_MAX),
+        rotation=parse_word(fields["rotation"], f"{at}.rotation", ROTATIONS),
+        distortion=parse_number(fields["distortion"], f"{at}.distortion", 0.0, DISTANCE_MAX),
+        files=_parse_files(fields["files"], f"{at}.files", SPACE_FILES),
     )
 
 
@@ -250,8 +276,8 @@ def _parse_coarse(raw: object, at: str) -> CoarseRecord:
     return CoarseRecord(
         id=parse_hex(fields["id"], f"{at}.id", 32),
         space=parse_hex(fields["space"], f"{at}.space", 32),
-        nlist=parse_size(fields["nlist"], f"{at}.nlist"),
-        files=_parse_files(fields["files"], f"{at}.files"),
+        nlist=parse_size(fields["nlist"], f"{at}.nlist", least=1, most=1 << 32),
+        files=_parse_files(fields["files"], f"{at}.files", COARSE_FILES),
     )
 
 
@@ -265,16 +291,16 @@ def parse_segment_content(raw: object, at: str) -> SegmentContent:
         uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
         space=parse_hex(fields["space"], f"{at}.space", 32),
         coarse=None if fields["coarse"] is None else parse_hex(fields["coarse"], f"{at}.coarse", 32),
-        nlist=parse_size(fields["nlist"], f"{at}.nlist", most=1 << 32),
-        entries=parse_size(fields["entries"], f"{at}.entries", most=1 << ROW_BITS),
-        documents=parse_size(fields["documents"], f"{at}.documents"),
+        nlist=parse_size(fields["nlist"], f"{at}.nlist", least=1, most=1 << 32),
+        entries=(entries := parse_size(fields["entries"], f"{at}.entries", least=1, most=1 << ROW_BITS)),
+        documents=parse_size(fields["documents"], f"{at}.documents", least=1, most=entries),
         values=parse_word(fields["values"], f"{at}.values", VALUE_TYPES),
         keys=None if fields["keys"] is None else parse_word(fields["keys"], f"{at}.keys", KEY_TYPES),
         text=parse_flag(fields["text"], f"{at}.text"),
         dtype=None if fields["dtype"] is None else parse_text(fields["dtype"], f"{at}.dtype"),
         windows=_parse_windows(fields["windows"], f"{at}.windows"),
-        distortion=parse_number(fields["distortion"], f"{at}.distortion"),
-        files=_parse_files(fields["files"], f"{at}.files"),
+        distortion=parse_number(fields["distortion"], f"{at}.distortion", 0.0, DISTANCE_MAX),
+        files=_parse_files(fields["files"], f"{at}.files", SEGMENT_FILES),
     )
 
 
@@ -282,7 +308,7 @@ def _parse_windows(raw: object, at: str) -> WindowRule | None:
     if raw is None:
         return None
     rule = parse_object(raw, at, required=("context", "stride"))
-    context, stride = (parse_size(rule[name], f"{at}.{name}") for name in ("context", "stride"))
+    context, stride = (parse_size(rule[name], f"{at}.{name}", least=1, most=1 << 30) for name in ("context", "stride"))
     return WindowRule(context=context, stride=stride)
 
 
@@ -300,16 +326,16 @@ def _parse_segment(raw: object, at: str) -> SegmentRecord:
         reached = end
     if reached != content.entries:
         raise DamageError(f"{at}.runs: they end at row {reached} of {content.entries}. Run `knnstore verify`.")
-    dead = as_ranges(
-        [
-            (parse_size(first, f"{at}.dead", most=content.entries), parse_size(stop, f"{at}.dead", most=content.entries))
-            for first, stop in (parse_list(pair, f"{at}.dead", length=2) for pair in parse_list(fields["dead"], f"{at}.dead"))
-        ]
-    )
+    dead = [
+        (parse_size(first, f"{at}.dead", most=content.entries), parse_size(stop, f"{at}.dead", most=content.entries))
+        for first, stop in (parse_list(pair, f"{at}.dead", length=2) for pair in parse_list(fields["dead"], f"{at}.dead"))
+    ]
+    if not np.array_equal(as_ranges(dead), np.array(dead, np.int64).reshape(-1, 2)):
+        raise DamageError(f"{at}.dead: ranges that are empty, touch or do not ascend. Run `knnstore verify`.")
     return SegmentRecord(
         content=content,
         runs=tuple(runs),
-        dead=tuple((int(first), int(stop)) for first, stop in dead),
+        dead=tuple(dead),
         sha256=parse_hex(fields["sha256"], f"{at}.sha256", 64),
     )
 

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +14,11 @@ from knnstore.errors import DamageError
 from knnstore.format import MANIFEST_MAX
 
 __all__ = [
+    "DEPTH_MAX",
     "NOT_PLAIN",
+    "is_too_deep",
     "parse_flag",
+    "parse_free",
     "parse_hex",
     "parse_json",
     "parse_json_bytes",
@@ -29,12 +33,15 @@ __all__ = [
 ]
 
 
+DEPTH_MAX = 64  # levels of lists and objects in what anybody may write: far from where writing it runs out of stack
+
 # What the system says on opening a link to itself, something below a file, or a socket.
 NOT_PLAIN = frozenset({errno.ELOOP, errno.ENOTDIR, errno.ENXIO})
 
 
 def _refuse(at: str, found: object, expected: str) -> NoReturn:
-    raise DamageError(f"{at}: {str(found)[:80]!r} where {expected} is expected. Run `knnstore verify`.")
+    text = found if isinstance(found, str) else reprlib.repr(found)  # which looks at little of what is long or deep
+    raise DamageError(f"{at}: {text[:80]!r} where {expected} is expected. Run `knnstore verify`.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -48,10 +55,17 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:20]} is more than any number")
+    return number
+
+
 def parse_json_bytes(raw: bytes, at: str) -> Any:
     """JSON without duplicate names, NaN or infinity."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise DamageError(f"{at}: not the JSON that was written: {error}. Run `knnstore verify`.") from error
 
@@ -91,6 +105,25 @@ def parse_mapping(raw: object, at: str) -> dict[str, Any]:
     return raw
 
 
+def parse_free(raw: object, at: str) -> dict[str, Any]:
+    """An object of any JSON, not nested deeper than it can be written and read again."""
+    fields = parse_mapping(raw, at)
+    if is_too_deep(fields):
+        raise DamageError(f"{at}: nested more than {DEPTH_MAX} deep. Run `knnstore verify`.")
+    return fields
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than DEPTH_MAX deep."""
+    level = [value]
+    for _ in range(DEPTH_MAX + 1):
+        below = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list | tuple))
+        level = [item for items in below for item in items if isinstance(item, dict | list | tuple)]
+        if not level:
+            return False
+    return True
+
+
 def parse_list(raw: object, at: str, length: int | None = None) -> list[Any]:
     if not isinstance(raw, list) or (length is not None and len(raw) != length):
         _refuse(at, raw, "a list" if length is None else f"a list of {length}")
@@ -124,19 +157,19 @@ def parse_hex(raw: object, at: str, digits: int) -> str:
     return text
 
 
-def parse_size(raw: object, at: str, most: int = (1 << 63) - 1) -> int:
-    """An integer from 0 to most."""
-    if not isinstance(raw, int) or isinstance(raw, bool) or not 0 <= raw <= most:
-        _refuse(at, raw, f"an integer from 0 to {most}")
+def parse_size(raw: object, at: str, most: int = (1 << 63) - 1, least: int = 0) -> int:
+    """An integer from least to most."""
+    if not isinstance(raw, int) or isinstance(raw, bool) or not least <= raw <= most:
+        _refuse(at, raw, f"an integer from {least} to {most}")
     return raw
 
 
-def parse_number(raw: object, at: str) -> float:
-    """A finite number."""
+def parse_number(raw: object, at: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """A finite number from least to most."""
     number = math.nan
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         with contextlib.suppress(OverflowError):  # an integer beyond any float
             number = float(raw)
-    if not math.isfinite(number):
-        _refuse(at, raw, "a finite number")
+    if not math.isfinite(number) or not least <= number <= most:
+        _refuse(at, raw, "a finite number" if least == -math.inf else f"a number from {least:g} to {most:g}")
     return number

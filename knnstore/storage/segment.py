@@ -73,14 +73,15 @@ class Segment:
         if self.content.keys is None:
             return None
         path = self.folder / KEYS_FILE
-        return MappedArray(path, kind=Kind.KEYS, owner=self._owner, n_rows=self.content.entries, size=self.content.size_of(KEYS_FILE))
+        size = self.content.size_of(KEYS_FILE)
+        return MappedArray(path, kind=Kind.KEYS, owner=self._owner, n_rows=self.content.entries, columns=self.space.dim, size=size)
 
     @cached_property
     def ids(self) -> MappedArray:
         """Hash of the id and first row of each document (or part), (m, 2) u64, sorted."""
         content = self.content
         size = content.size_of(IDS_FILE)
-        return MappedArray(self.folder / IDS_FILE, kind=Kind.IDS, owner=self._owner, n_rows=content.documents, size=size)
+        return MappedArray(self.folder / IDS_FILE, kind=Kind.IDS, owner=self._owner, n_rows=content.documents, columns=2, size=size)
 
     def find_rows(self, document_id: str) -> NDArray[np.int64]:
         """First rows of the documents whose id has the hash of this one, ascending; other ids may share it. Reads `ids.bin` alone."""
