@@ -82,5 +82,7 @@ def _summary(store: str, receipt: Any, dry_run: bool) -> str:
     size = f"{counted(receipt.entries, 'entry', 'entries')}, {shown_bytes(receipt.bytes)}"
     if dry_run:
         return f"{store}: would delete {what}: {size}"
-    after = "run `knnstore gc --keep 1` to give the space back" if receipt.purged else "`knnstore compact` and `knnstore gc --keep 1` give the space back"
+    after = "`knnstore compact` and `knnstore gc --keep 1` give the space back"
+    if receipt.purged:
+        after = "run `knnstore gc --keep 1` to give the space back"
     return f"{store}: deleted {what}: {size}; snapshot {receipt.snapshot}; {after}"

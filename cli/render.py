@@ -182,7 +182,7 @@ def print_snapshots(listed: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(name, justify="left" if name in ("time", "operation") else "right", no_wrap=name != "operation")
     table.add_column("")
     for item in listed:
-        counts = ", ".join(f"{name} {n:,}" for name, n in item["counts"].items() if n and name != "entries")
+        counts = ", ".join(f"{name} {n:,}" for name, n in item["counts"].items() if n and isinstance(n, int) and name != "entries")
         done = f"{item['operation']} ({counts})" if counts else item["operation"]
         table.add_row(
             str(item["snapshot"]),

@@ -19,7 +19,7 @@ from knnstore.storage.catalog import StoreFolder, file_records, lay_foundation, 
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
 from knnstore.storage.files import disk, hold_lock, write_file
-from knnstore.storage.jobs import JOB_FILE, MOVES_FILE, job_name, other_jobs
+from knnstore.storage.jobs import JOB_FILE, MOVES_FILE, job_name, other_jobs, read_moves
 from knnstore.storage.manifest import (
     Calibration,
     CoarseRecord,
@@ -255,7 +255,7 @@ def take_back(store: StoreFolder, job: Path) -> bool:
     """
     if not (job / MOVES_FILE).exists():
         return True
-    moves = [(job / source, store.path / target) for source, target in parse_json(job / MOVES_FILE)]
+    moves = read_moves(store, job)
     with hold_lock(store.lock, purpose="taking back what a killed command left", wait=True):
         newest = read_current(store)[0] if store.current.exists() else 0
         named: set[Path] = set()

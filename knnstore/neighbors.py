@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knnstore.errors import InvalidArgumentError
+from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.segment import Segment
 
@@ -84,7 +84,9 @@ class Neighbors:
 
 
 def read_context(segment: Segment, row: int, *, left: int = CONTEXT_TOKENS, right: int = CONTEXT_TOKENS) -> Context:
-    """The context of one row of a segment."""
+    """The context of one row of a segment. Raises DamageError."""
+    if not 0 <= row < segment.content.entries:
+        raise DamageError(f"{segment.folder}: row {row} of {segment.content.entries} was found in its lists. Run `knnstore verify`.")
     first_row = int(segment.contexts.first_row_of(np.array([row]))[0])
     document: DocumentRecord = segment.contexts.document_at(first_row)
     begin, end = max(first_row, row - left), min(first_row + document.n_entries, row + 1 + right)

@@ -154,7 +154,7 @@ class Plan:
         conflicts = []
         for (domain, document_id), found in _repeated(sources).items():
             keep = found[-1] if on_conflict == "keep-last" else found[0]
-            if len({item.content_hash or f"unknown {n}" for n, item in enumerate(found)}) > 1 and not _all_same_rows(found):
+            if len({item.content_hash or f"unknown {n}" for n, item in enumerate(found)}) > 1:
                 if on_conflict is None:
                     stores = " and ".join(str(sources[item.source].store.path) for item in found)
                     conflicts.append(f"{document_id!r} of domain {domain!r} in {stores}")
@@ -177,10 +177,6 @@ class Plan:
 
 def _names(record: SegmentRecord) -> str:
     return ", ".join(sorted({domain for domain, _, _ in record.runs}))
-
-
-def _all_same_rows(found: Sequence[_Occurrence]) -> bool:
-    return all(set(item.rows) == set(found[0].rows) for item in found)
 
 
 def _repeated(sources: Sequence[Source]) -> dict[tuple[str, str], list[_Occurrence]]:

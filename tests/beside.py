@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any
 
 import faiss
-from living import Drawn, Key, batches, check_answers, check_contents, draw
+from living import DIM, Drawn, Key, batches, check_answers, check_contents, draw
 
 import knnstore
 from knnstore.errors import ConflictError
@@ -34,15 +34,17 @@ def processes() -> BaseContext:
     return context
 
 
-def document(name: str, version: int) -> Drawn:
+def document(name: str, version: int, dim: int = DIM) -> Drawn:
     """One version of a document; what it is called and its metadata say how to draw it again."""
     domain, _, document_id = name.partition("/")
-    return draw(document_id, version, domain=domain, n=2 + version % 5, drawn=version, parity=version % 2)
+    is_base = domain == "base"  # large enough to train codes on
+    n = 4_200 if is_base else 2 + version % 5
+    return draw(document_id, version, domain=domain, n=n, dim=dim, text=not is_base, drawn=version, parity=version % 2)
 
 
 def seen_oracle(store: Datastore) -> dict[Key, Drawn]:
     """What a snapshot must hold by the names and versions of its documents."""
-    return {(item.domain, item.id): document(f"{item.domain}/{item.id}", item.metadata["drawn"]) for item in store.documents()}
+    return {(item.domain, item.id): document(f"{item.domain}/{item.id}", item.metadata["drawn"], store.dim) for item in store.documents()}
 
 
 def reported(target: Callable[..., Any], report: Path, *arguments: Any) -> None:
@@ -60,11 +62,17 @@ class Crew:
     """Processes that were started together."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._context = folder, processes()
+        self.folder, self._context = folder, processes()
         self._started: list[tuple[Any, Path]] = []
 
+    def end(self) -> None:
+        """Kills those that have not ended."""
+        for process, _ in self._started:
+            process.kill()
+            process.join()
+
     def start(self, target: Callable[..., Any], *arguments: Any) -> None:
-        report = self._folder / f"report-{len(self._started)}.json"
+        report = self.folder / f"report-{len(self._started)}.json"
         process = self._context.Process(target=reported, args=(target, report, *arguments), daemon=True)
         process.start()
         self._started.append((process, report))
@@ -77,8 +85,6 @@ class Crew:
         results = []
         for process, report in self._started:
             process.join(ANSWER_S)
-            if process.is_alive():
-                process.kill()
             assert report.exists(), f"a process ended with {process.exitcode} and said nothing"
             told = json.loads(report.read_text())
             assert "error" not in told, told["error"]
@@ -111,7 +117,7 @@ def read_along(path: Path, stop: Path, seed: int, n_threads: int) -> dict[str, A
 def _search(store: Datastore, oracle: Mapping[Key, Drawn], seed: int) -> None:
     """One search of some kind; its answer is that of brute force over the oracle."""
     rng = random.Random(seed)
-    queries = draw("queries", seed, n=3).keys
+    queries = draw("queries", seed, n=3, dim=store.dim).keys
     kind, arguments = rng.randrange(4), {}
     if kind == 1 and oracle:
         domain = rng.choice(sorted(oracle))[0]
@@ -124,7 +130,7 @@ def _search(store: Datastore, oracle: Mapping[Key, Drawn], seed: int) -> None:
         _, name = rng.choice(sorted(oracle))
         arguments = {"exclude": name}
         oracle = {key: drawn for key, drawn in oracle.items() if key[1] != name}
-    check_answers(store, oracle, queries, k=rng.choice([1, 5, 1_000]), **arguments)
+    check_answers(store, oracle, queries, k=rng.choice([1, 5, 200]), **arguments)
 
 
 def _search_together(store: Datastore, oracle: Mapping[Key, Drawn], n_threads: int, rng: random.Random) -> None:

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # tests started in the background; commands that are tested would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read by the libraries when they are imported, and by child processes.
 os.environ["HF_HUB_OFFLINE"] = "1"

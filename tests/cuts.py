@@ -36,8 +36,8 @@ class Effort:
         return system.states(rng, n_single=self.n_single, n_random=self.n_random)
 
 
-QUICK = Effort(share=0.05, n_single=2, n_random=1, staging=False)
-FULL = Effort(share=0.02, n_single=8, n_random=6, staging=True)
+QUICK = Effort(share=0.05, n_single=2, n_random=3, staging=False)
+FULL = Effort(share=0.02, n_single=8, n_random=16, staging=True)
 
 
 @dataclass(frozen=True)

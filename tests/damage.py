@@ -186,8 +186,8 @@ class Answer:
 class Child:
     """A process that is asked one thing after another. It must never die, and never be silent for long."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, script: str = __file__) -> None:
+        self._process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._lines: queue.Queue[str] = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -363,27 +363,24 @@ def _each_byte(store: Path, path: Path, places: Sequence[int], mask: int, levels
     return seen
 
 
-def _serve() -> None:
+def serve(**more: Callable[..., Any]) -> None:
+    """The child: does what it is told, one line after another. more: deeds besides those below, of a store and arguments."""
+    deeds: dict[str, Callable[..., Any]] = {
+        "verify": _verify,
+        "answers": _answers,
+        "repair": _repair,
+        "holdings": _holdings,
+        "each byte": lambda store, path, **arguments: _each_byte(store, Path(path), **arguments),
+        "command": lambda _, arguments: _command(arguments),
+        **more,
+    }
     out = os.fdopen(os.dup(1), "w")  # nothing else may print between the answers
     os.dup2(2, 1)
     for line in sys.stdin:
         order = json.loads(line)
         deed, store = order.pop("deed"), Path(order.pop("store"))
         try:
-            if deed == "verify":
-                answer: dict[str, Any] = {"value": _verify(store, **order)}
-            elif deed == "answers":
-                answer = {"value": _answers(store)}
-            elif deed == "repair":
-                answer = {"value": _repair(store)}
-            elif deed == "holdings":
-                answer = {"value": _holdings(store, **order)}
-            elif deed == "each byte":
-                answer = {"value": _each_byte(store, Path(order.pop("path")), **order)}
-            elif deed == "command":
-                answer = {"value": _command(**order)}
-            else:
-                raise ValueError(deed)
+            answer: dict[str, Any] = {"value": deeds[deed](store, **order)}
         except Exception as error:  # noqa: BLE001 - the parent says which are allowed
             answer = {"error": type(error).__name__, "trace": traceback.format_exc()}
         out.write(json.dumps(answer) + "\n")
@@ -391,4 +388,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve()

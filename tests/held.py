@@ -1,13 +1,16 @@
 """What the tests of append, delete and merge share: a store against its oracle, its newest snapshot, its files."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from living import Drawn, Key, batches, check_answers, check_contents, draw
 
 import knnstore
+from knnstore.storage import files
 from knnstore.storage.catalog import StoreFolder, commit, open_snapshot
 from knnstore.storage.manifest import Manifest, Operation
 
@@ -58,3 +61,18 @@ def put(path: Path, **fields: Any) -> Manifest:
 def listing(path: Path) -> dict[str, bytes]:
     """What is in a store, but for the lock that a command leaves its number in."""
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "LOCK"}
+
+
+@contextmanager
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The files that are opened for writing while it lasts."""
+    opened: list[Path] = []
+
+    class Watched(files.Disk):
+        def open(self, path: Path, flags: int) -> int:
+            opened.append(path)
+            return super().open(path, flags)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.disk, "__class__", Watched)
+        yield opened

@@ -207,8 +207,8 @@ def flip(path: Path, offset: int) -> None:
 class PowerCut:
     """A disk whose power is cut before the `at`th call that changes it (from 0). `lose` then takes away what was not synced.
 
-    Content: of what was written to a file after its last sync, its second half is lost. Names: what was made, moved or removed in a folder after its last
-    sync is undone. Both are what a file system may do; `lose(names=False)` keeps the names.
+    Content: of what was written to a file after its last sync, the file's second half is lost. Names: what was made, moved or removed
+    in a folder after its last sync is undone. Both are what a file system may do; `lose(names=False)` keeps the names.
     """
 
     def __init__(self, at: int) -> None:

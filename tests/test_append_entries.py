@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from held import append, assert_holds, listing, newest
+from held import append, assert_holds, listing, newest, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from living import DIM, Drawn, batches, by_key, create, draw
@@ -15,7 +15,6 @@ from living import DIM, Drawn, batches, by_key, create, draw
 import knnstore
 from knnstore import EntryDocument
 from knnstore.errors import ExistsError, InvalidArgumentError, NotFoundError, StorageError
-from knnstore.storage import files
 from knnstore.storage.files import hold_lock
 from knnstore.storage.manifest_json import canonical
 
@@ -251,6 +250,16 @@ def test_repeated_documents_do_not_outgrow_anything(tmp_path):
     assert_holds(path, by_key([*drawn, draw("new", n=5)]), k=20)
 
 
+def test_what_is_left_of_a_segment_says_whether_it_has_text(tmp_path):
+    """The one document with text was there already."""
+    path = tmp_path / "s.knn"
+    drawn = [draw("a"), draw("bare", text=False)]
+    create(path, drawn[:1])
+    append(path, *drawn)
+    assert [record.content.text for record in newest(path).segments] == [True, False]
+    assert_holds(path, by_key(drawn))
+
+
 def test_raw_segments_that_do_not_fit_in_one_stay_raw(tmp_path):
     path = tmp_path / "s.knn"
     drawn = [big("a", 3_000), big("b", 2_000)]
@@ -326,13 +335,9 @@ def test_exact_search_goes_over_all_segments(tmp_path, keep_keys, tolerance):
 def test_keys_that_do_not_fit_in_memory_wait_on_the_disk(tmp_path, monkeypatch):
     """The spool is a file of the job, gone at the end."""
     monkeypatch.setattr("knnstore.intake.SPOOL_MEMORY", 64)
-    written = []
-    subclass = type(
-        "Watched", (files.Disk,), {"open": lambda disk, path, flags: (written.append(path.name), files.Disk.open(disk, path, flags))[1]}
-    )
-    monkeypatch.setattr(files.disk, "__class__", subclass)
     path = tmp_path / "s.knn"
-    create(path, [draw("a", n=20)])
-    append(path, draw("b", n=20), draw("a", n=20), draw("c", n=20))
-    assert written.count("keys.spool") == 2
+    with watched(monkeypatch) as opened:
+        create(path, [draw("a", n=20)])
+        append(path, draw("b", n=20), draw("a", n=20), draw("c", n=20))
+    assert [file.name for file in opened].count("keys.spool") == 2
     assert_holds(path, by_key([draw(name, n=20) for name in "abc"]))

@@ -136,7 +136,15 @@ def test_completion_script(name: str) -> None:
 
 def test_completion_completes(tmp_path: Path, command_path: str) -> None:
     """What the script asks for is answered: commands, options and choices."""
-    for words, answer in {"knnstore ver": "verify", "knnstore verify --le": "--level", "knnstore verify --level q": "quick"}.items():
+    answers = {
+        "knnstore ver": "verify",
+        "knnstore verify --le": "--level",
+        "knnstore verify --level q": "quick",
+        "knnstore app": "append",
+        "knnstore append --pr": "--prune",
+        "knnstore merge --on-conflict keep-l": "keep-last",
+    }
+    for words, answer in answers.items():
         n = len(words.split()) - 1
         done = shell("knnstore", tmp_path, command_path, _KNNSTORE_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(n))
         assert answer in done.stdout

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from beside import (
     seen_oracle,
 )
 from cuts import check_store
-from living import batches, by_key, check_answers, check_contents, create, draw
+from living import DIM, batches, by_key, check_answers, check_contents, create, draw
 
 import knnstore
 from knnstore.errors import ConflictError
@@ -28,16 +28,24 @@ from knnstore.storage.files import hold_lock
 NAMES = [f"{domain}/{number}" for domain in ("default", "law", "med") for number in range(8)]
 
 
-def _write_along(path: Path, n_commits: int, rng: random.Random) -> dict[int, dict[str, int]]:
-    """Appends, replaces, deletes, purges, compacts, restores and collects. Returns the documents of each snapshot."""
-    held = dict.fromkeys(NAMES[:6], 0)
+@pytest.fixture
+def crew(fast_path: Path) -> Iterator[Crew]:
+    """Nobody of it outlives the test."""
+    made = Crew(fast_path)
+    yield made
+    made.end()
+
+
+def _write_along(path: Path, names: list[str], dim: int, n_commits: int) -> dict[int, dict[str, int]]:
+    """Appends, replaces, deletes, purges, compacts and collects. Returns the documents of each snapshot."""
+    rng, held = random.Random(5), dict.fromkeys(names, 0)
     states = {1: dict(held)}
     for number in range(1, n_commits + 1):
         deed = rng.choice(["append", "append", "append", "delete", "purge", "compact", "gc"])
         if deed == "append" or len(held) < 3:
             names = rng.sample(NAMES, rng.randrange(1, 4))
             held |= dict.fromkeys(names, number)
-            knnstore.append_entries(path, [batch for name in names for batch in _batches(name, number)], replace=True)
+            knnstore.append_entries(path, batches(document(name, number, dim) for name in names), replace=True)
         elif deed in ("delete", "purge"):
             name = rng.choice(sorted(held))
             domain, _, document_id = name.partition("/")
@@ -52,17 +60,12 @@ def _write_along(path: Path, n_commits: int, rng: random.Random) -> dict[int, di
     return states
 
 
-def _batches(name: str, version: int) -> list:
-    return batches([document(name, version)])
-
-
-def _read_and_write(folder: Path, tell: Callable[[str], None], *, n_readers: int, n_commits: int) -> None:
-    path, stop = folder / "s.knn", folder / "stop"
-    create(path, [document(name, 0) for name in NAMES[:6]])
-    crew = Crew(folder)
+def _read_and_write(crew: Crew, tell: Callable[[str], None], names: list[str], *, dim: int, n_readers: int, n_commits: int) -> None:
+    path, stop = crew.folder / "s.knn", crew.folder / "stop"
+    create(path, [document(name, 0, dim) for name in names], dim=dim)
     for number in range(n_readers):
         crew.start(read_along, path, stop, number, 3 if number % 4 == 3 else 1)
-    states = _write_along(path, n_commits, random.Random(5))
+    states = _write_along(path, names, dim, n_commits)
     stop.touch()
     results = crew.results()
     for result in results:
@@ -76,15 +79,22 @@ def _read_and_write(folder: Path, tell: Callable[[str], None], *, n_readers: int
     assert knnstore.verify(path).problems == ()
 
 
-def test_readers_beside_a_writer_quick(fast_path, tell):
-    _read_and_write(fast_path, tell, n_readers=4, n_commits=12)
+def test_readers_beside_a_writer_quick(crew, tell):
+    _read_and_write(crew, tell, NAMES[:6], dim=DIM, n_readers=4, n_commits=12)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_readers_beside_a_writer(fast_path, tell):
+def test_readers_beside_a_writer(crew, tell):
     """16 processes search in a loop beside over 100 commits, compactions and gcs: each answer is that of brute force on its snapshot."""
-    _read_and_write(fast_path, tell, n_readers=16, n_commits=150)
+    _read_and_write(crew, tell, NAMES[:6], dim=DIM, n_readers=16, n_commits=150)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_readers_of_codes_beside_a_writer(crew, tell):
+    """The same where most entries are 4-bit codes, and small segments come and go beside them."""
+    _read_and_write(crew, tell, [*NAMES[:6], "base/base"], dim=8, n_readers=6, n_commits=50)
 
 
 def test_a_reader_keeps_its_snapshot_through_everything(fast_path):
@@ -93,7 +103,7 @@ def test_a_reader_keeps_its_snapshot_through_everything(fast_path):
     first = [document(name, 1) for name in NAMES[:5]]
     create(path, first)
     with knnstore.open(path) as reader:
-        knnstore.append_entries(path, _batches(NAMES[9], 1))
+        knnstore.append_entries(path, batches([document(NAMES[9], 1)]))
         knnstore.delete(path, domain="default", purge=True)
         knnstore.compact(path).close()
         knnstore.gc(path, keep=1)
@@ -107,11 +117,11 @@ def test_a_reader_keeps_its_snapshot_through_everything(fast_path):
 
 
 @pytest.mark.parametrize(("n_writers", "each"), [(3, 4), pytest.param(8, 12, marks=pytest.mark.slow)])
-def test_writers_of_different_documents_come_one_after_the_other(fast_path, n_writers, each):
+def test_writers_of_different_documents_come_one_after_the_other(fast_path, crew, n_writers, each):
     """All appends of all processes are there, though each was built on a snapshot that was not the newest any more."""
     path = fast_path / "s.knn"
     create(path, [document("default/first", 0)])
-    crew, names = Crew(fast_path), [[f"default/{writer}.{number}" for number in range(each)] for writer in range(n_writers)]
+    names = [[f"default/{writer}.{number}" for number in range(each)] for writer in range(n_writers)]
     for some in names:
         crew.start(append_each, path, some, 3)
     assert sum(crew.results()) == n_writers * each
@@ -121,11 +131,11 @@ def test_writers_of_different_documents_come_one_after_the_other(fast_path, n_wr
     assert not list((path / "staging").iterdir())
 
 
-def test_writers_of_the_same_document(fast_path):
+def test_writers_of_the_same_document(fast_path, crew):
     """One is committed; the others are refused with exit code 5 and a message that names the document and the other commit."""
     path = fast_path / "s.knn"
     create(path, [document("default/first", 0)])
-    crew, n_writers = Crew(fast_path), 3
+    n_writers = 3
     barrier = crew.barrier(n_writers)
     for version in range(n_writers):
         crew.start(append_at_once, path, barrier, "law/same", version)
@@ -141,20 +151,27 @@ def test_writers_of_the_same_document(fast_path):
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_writers_of_all_kinds(fast_path, times):
-    """Appends, deletions, purges, compactions and gcs at once: what was said to be done is done, and nothing else is lost or there."""
+def test_writers_of_all_kinds(fast_path, crew, times):
+    """Appends, deletions, purges, compactions and gcs at once, and one that is killed: what was said to be done is done, and no more."""
     path = fast_path / "s.knn"
-    doomed, purged = ([f"{domain}/{number}" for number in range(times)] for domain in ("doomed", "purged"))
+    doomed, purged, killed = ([f"{domain}/{number}" for number in range(times)] for domain in ("doomed", "purged", "killed"))
     create(path, [document(name, 2) for name in [*doomed, *purged]])
     come = [f"default/{number}" for number in range(times)]
-    crew = Crew(fast_path)
+    victim = processes().Process(target=append_each, args=(path, killed * 100, 4), daemon=True)
+    victim.start()
     crew.start(append_each, path, come, 4)
     crew.start(delete_each, path, doomed, False)
     crew.start(delete_each, path, purged, True)
     crew.start(again_and_again, path, "compact", times)
     crew.start(again_and_again, path, "gc", times)
+    time.sleep(0.1 * times)
+    victim.kill()
+    victim.join()
     crew.results()
-    check_store(path, by_key(document(name, 4) for name in come))
+    with knnstore.open(path) as store:
+        its = sorted((item.id for item in store.documents() if item.domain == "killed"), key=int)
+    assert its == [str(number) for number in range(len(its))]
+    check_store(path, by_key(document(name, 4) for name in [*come, *killed[: len(its)]]))
     knnstore.gc(path, keep=1)
     assert not list((path / "staging").iterdir())
     assert knnstore.verify(path, level="quick").orphans == ()
@@ -181,7 +198,7 @@ def test_a_killed_writer_leaves_no_lock(fast_path):
         pass
     process.kill()
     process.join()
-    knnstore.append_entries(path, _batches("default/second", 0))
+    knnstore.append_entries(path, batches([document("default/second", 0)]))
     knnstore.gc(path, keep=1)
     assert not list((path / "staging").iterdir())
     check_store(path, by_key([document("default/first", 0), document("default/second", 0)]))

@@ -135,6 +135,14 @@ def test_receipts_have_the_numbers(tmp_path):
     assert (record.content.entries, record.dead) == (50, ())
 
 
+def test_what_is_dead_is_not_deleted_again(tmp_path):
+    path = tmp_path / "s.knn"
+    create(path, [draw("a", year=1), draw("b", year=1), draw("c")])
+    knnstore.delete(path, "a")
+    assert knnstore.delete(path, where={"year": 1}).documents == {"default": 1}
+    assert_holds(path, by_key([draw("c")]))
+
+
 def test_errors_name_what_is_not_there(tmp_path):
     """And what there is; nothing changes."""
     path = tmp_path / "s.knn"
@@ -224,9 +232,10 @@ def replaced_before(path: Path, gone: Drawn, others: Sequence[Drawn]) -> list[Dr
 
 
 def deleted_before(path: Path, gone: Drawn, others: Sequence[Drawn]) -> list[Drawn]:
-    create(path, [others[0], gone, *others[1:]])
+    """It is dead in a segment where nothing else of its domain is."""
+    create(path, [*(item for item in others if item.domain != gone.domain), gone])
     knnstore.delete(path, gone.id)
-    append(path, replace(gone, keys=gone.keys + 1))
+    append(path, *(item for item in others if item.domain == gone.domain), replace(gone, keys=gone.keys + 1))
     return [*others]
 
 

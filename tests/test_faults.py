@@ -19,6 +19,7 @@ import pytest
 from acts import STORE, Act, a_life, coded_life, joining_life, merge_life
 from cuts import Outcome, check_store
 
+import knnstore
 from knnstore.errors import StorageError
 from knnstore.storage.space import Space
 
@@ -167,6 +168,27 @@ def test_a_full_disk(fast_path, monkeypatch, tell):
     error = OSError(errno.ENOSPC, "ENOSPC")
     tried = sum(fail_everywhere(life, monkeypatch, SPACE_TAKING, error, once=once) for life in lives(fast_path) for once in (True, False))
     tell(f"faults: {tried} times no space")
+
+
+def test_no_space_for_copies(fast_path, monkeypatch):
+    """A merge whose copies do not fit: nothing was committed, and the stores that were to be merged are as they were."""
+    (fast_path / "root").mkdir()
+    rehearsal = Rehearsal(fast_path, merge_life(fast_path / "root", link=False, into=True))
+
+    def full(*_arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "ENOSPC")
+
+    with rehearsal.before(1) as path:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "copy_file_range", full)
+            patch.setattr(shutil, "copyfileobj", full)
+            with pytest.raises(StorageError, match="Free some space"):
+                rehearsal.acts[1].run(path)
+        assert Outcome.of(path, {}).is_as(rehearsal.outcomes[1])
+        for name in ("x.knn", "y.knn"):
+            assert knnstore.verify(path.parent / name).problems == ()
+        rehearsal.acts[1].run(path)
+        check_store(path, rehearsal.acts[1].oracle)
 
 
 @pytest.mark.parametrize("most", [1, 7, 512])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from held import append, assert_holds, listing, newest
+from held import append, assert_holds, listing, newest, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from living import Drawn, by_key, create, draw
@@ -141,6 +141,12 @@ def test_a_segment_whose_dead_rows_change_keeps_its_place(tmp_path):
     assert_holds(path, by_key(drawn))
 
 
+def test_neighbours_of_one_domain_become_one_run(tmp_path):
+    create(tmp_path / "s.knn", [draw("a"), draw("b", domain="law"), draw("c", domain="med")])
+    merge([tmp_path / "s.knn"], tmp_path / "all.knn", domains={str(tmp_path / "s.knn"): "law"})
+    assert [record.runs for record in newest(tmp_path / "all.knn").segments] == [(("law", 0, 12), ("med", 12, 18))]
+
+
 def test_shared_segments_are_of_one_domain(tmp_path):
     path, copy = tmp_path / "a.knn", tmp_path / "copy.knn"
     create(path, [draw("a")])
@@ -195,6 +201,16 @@ def test_answers_are_those_over_all(tmp_path, kind, link):
     assert_holds(tmp_path / "all.knn", by_key(drawn), k=15)
     append(tmp_path / "all.knn", draw("later"))
     assert_holds(tmp_path / "all.knn", by_key([*drawn, draw("later")]), k=15)
+
+
+def test_linking_opens_no_file_of_a_source_for_writing(tmp_path, monkeypatch):
+    """They may be another's; their content was made durable when it was written."""
+    create(tmp_path / "a.knn", [draw("a")])
+    with watched(monkeypatch) as opened:
+        merge([tmp_path / "a.knn"], tmp_path / "linked.knn", link=True)
+        assert [path for path in opened if path.suffix in (".bin", ".lmdb")] == []
+        merge([tmp_path / "a.knn"], tmp_path / "copied.knn")
+    assert {"lists.bin", "contexts.lmdb"} <= {path.name for path in opened}
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -39,30 +39,31 @@ def merge(sources: Sequence[Path], into: Path, **arguments) -> None:
 # What a merged store says of itself
 
 
-def fitted(temperature: float, status: str = "fresh") -> Calibration:
+def fitted(path: Path, temperature: float, status: str = "fresh") -> Calibration:
+    """What was fitted on all that a store has."""
+    manifest = newest(path)
     return Calibration(
-        lmbda=0.3, temperature=temperature, k=8, nprobe=4, exact=False, spaces=(), domains=("default",), status=status, made_by="t",
-        tokens=9, perplexity={},
+        lmbda=0.3, temperature=temperature, k=8, nprobe=4, exact=False, spaces=tuple(space.id for space in manifest.spaces),
+        domains=tuple(manifest.domains()), status=status, made_by="t", tokens=9, perplexity={},
     )  # fmt: skip
 
 
 def test_the_calibration_of_the_largest_is_kept_as_stale(tmp_path):
-    """Never a fresh one; of a store that is merged into its own; one that was never fitted stays what it is."""
+    """Never a fresh one, though spaces and domains are the same; of a store that is merged into its own; a default stays a default."""
     small, large = tmp_path / "small.knn", tmp_path / "large.knn"
-    create(small, [draw("a")])
-    create(large, [draw("b"), draw("c")])
-    put(small, calibration=fitted(3.0), k=5)
-    put(large, calibration=fitted(7.0), k=9)
+    create(small, [draw("a", domain="law")])
+    create(large, [draw("b", domain="law"), draw("c", domain="law")])
+    of_small, of_large = fitted(small, 3.0), fitted(large, 7.0)
+    put(small, calibration=of_small, k=5)
+    put(large, calibration=of_large, k=9)
     merge([small, large], tmp_path / "all.knn")
     made = newest(tmp_path / "all.knn")
-    assert (made.calibration, made.k) == (replace(fitted(7.0), status="stale"), 9)
+    assert (made.calibration, made.k) == (replace(of_large, status="stale"), 9)
     assert made.operation.arguments == {"sources": [str(small), str(large)]}
     assert made.operation.counts == {"stores": 2, "documents": 3, "repeated": 0, "entries": 18}
     merge([large], small)
-    assert (newest(small).calibration, newest(small).k) == (replace(fitted(3.0), status="stale"), 5)
-    put(large, calibration=fitted(7.0, "default"))
-    merge([large, tmp_path / "all.knn"], tmp_path / "more.knn")
-    assert newest(tmp_path / "more.knn").calibration == replace(fitted(7.0), status="stale")
+    assert (newest(small).calibration, newest(small).k) == (replace(of_small, status="stale"), 5)
+    put(large, calibration=replace(of_large, status="default"))
     merge([large], tmp_path / "alone.knn")
     assert newest(tmp_path / "alone.knn").calibration.status == "default"
 
@@ -190,6 +191,26 @@ def test_a_merge_that_was_killed_is_finished_by_the_same_command(tmp_path, monke
         shutil.rmtree(target)
         at += 7
     assert at > 35
+
+
+def test_a_merge_that_was_killed_may_be_finished_otherwise(tmp_path, monkeypatch):
+    """With another choice among conflicting documents: nothing stays of the first one."""
+    for name, version in (("a", 0), ("b", 1)):
+        create(tmp_path / f"{name}.knn", [draw("x", version, domain="law")])
+    sources = [tmp_path / "a.knn", tmp_path / "b.knn"]
+    at, n_calls = 0, None
+    while n_calls is None or at < n_calls:
+        target = tmp_path / f"{at}.knn"
+        with PowerCut(at).on(monkeypatch):
+            try:
+                merge(sources, target, on_conflict="keep-first")
+                n_calls = at
+            except StorageError:
+                pass
+        if not (target / "CURRENT").exists():
+            merge(sources, target, on_conflict="keep-last")
+            assert_holds(target, by_key([draw("x", 1, domain="law")]))
+        at += 3
 
 
 def test_others_who_change_the_store_it_goes_into(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def _interrupt(stores: Path, tmp_path: Path, tell: Callable[[str], None], name: 
         shutil.copytree(stores, folder)
         process = _start(typed, folder)
         time.sleep(rng.uniform(0.1, 1.0) * took)
-        process.send_signal(rng.choice([signal.SIGINT, signal.SIGTERM]))
+        process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
         stdout, stderr = process.communicate(timeout=ANSWER_S)
         if stdout:
             json.loads(stdout)

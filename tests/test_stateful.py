@@ -4,13 +4,15 @@ import functools
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from crash import FileSystem, Recording, tree_of
 from cuts import Shown
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from living import Drawn, Key, batches, by_key, check_answers, check_contents, contents, create, draw
@@ -44,6 +46,7 @@ class Living(RuleBasedStateMachine):
     dim = 4
     base: tuple[Drawn, ...] = ()  # documents that it begins with
     keep_keys: str | None = None
+    counts: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,6 +226,7 @@ class Living(RuleBasedStateMachine):
         for call in recording.calls[: rng.randrange(len(recording.calls) + 1)]:
             system.apply(call)
         self.n_cuts += 1
+        self.counts["power cuts"] += 1
         place = self.folder / str(self.n_cuts)
         Shown(place).show(system.random_state(rng))
         shutil.rmtree(root)
@@ -251,6 +255,7 @@ class Living(RuleBasedStateMachine):
         """Documents, values, texts, contexts and searches are the dict's; those of an open reader are what they were."""
         if not self.past:
             return
+        self.counts["steps"] += 1
         queries = draw("queries", len(self.past), n=2, dim=self.dim).keys
         with knnstore.open(self.path) as store:
             check_contents(store, self.documents)
@@ -271,13 +276,21 @@ class Coded(Living):
 SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize(("machine", "n_examples", "n_steps"), [(Living, 12, 14), (Coded, 4, 8)])
-def test_any_life_quick(machine, n_examples, n_steps):
-    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=n_examples, stateful_step_count=n_steps))
+def live(machine: type[Living], tell: Callable[[str], None], n_examples: int, n_steps: int, phases: Iterable[Phase]) -> None:
+    machine.counts.clear()
+    chosen = settings(SETTINGS, max_examples=n_examples, stateful_step_count=n_steps, phases=phases)
+    run_state_machine_as_test(machine, settings=chosen)
+    tell(f"lives: {machine.__name__}: {n_examples}, {machine.counts['steps']:,} steps, {machine.counts['power cuts']:,} power cuts")
+
+
+@pytest.mark.parametrize(("machine", "n_examples", "n_steps"), [(Living, 30, 20), (Coded, 6, 10)])
+def test_any_life_quick(tell, machine, n_examples, n_steps):
+    """Few lives; one that fails is not made shorter, which takes minutes."""
+    live(machine, tell, n_examples, n_steps, set(Phase) - {Phase.shrink})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("machine", "n_examples", "n_steps"), [(Living, 100, 30), (Coded, 25, 20)])
-def test_any_life(machine, n_examples, n_steps):
-    run_state_machine_as_test(machine, settings=settings(SETTINGS, max_examples=n_examples, stateful_step_count=n_steps))
+@pytest.mark.parametrize(("machine", "n_examples", "n_steps"), [(Living, 150, 30), (Coded, 40, 20)])
+def test_any_life(tell, machine, n_examples, n_steps):
+    live(machine, tell, n_examples, n_steps, Phase)

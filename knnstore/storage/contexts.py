@@ -238,8 +238,10 @@ class ContextsReader:
 
     def _decompress(self, packed: Any, most: int) -> bytes:
         try:
+            if bytes(packed[:4]) != zstandard.FRAME_HEADER:  # one that is to be skipped says anything of its size
+                raise DamageError(f"{self.path}: a record that is no frame. Run `knnstore verify`.")
             size = zstandard.frame_content_size(packed)
-            if not 0 <= size <= most:
+            if not 0 < size <= most:
                 raise DamageError(f"{self.path}: a frame of {size} bytes, {most} are the most. Run `knnstore verify`.")
             return _decompressor().decompress(packed, max_output_size=most)
         except zstandard.ZstdError as error:

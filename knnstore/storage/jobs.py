@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,11 +19,11 @@ from knnstore.errors import (
     LockedError,
     StorageError,
 )
-from knnstore.format import MOVES_FILE
+from knnstore.format import COARSE, MOVES_FILE, SEGMENTS, SPACES
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.files import disk, hold_lock, replace_file, unless_held
 from knnstore.storage.manifest_json import canonical
-from knnstore.storage.parse import parse_json
+from knnstore.storage.parse import parse_json, parse_list, parse_mapping, parse_text
 
 __all__ = [
     "JOB_FILE",
@@ -31,6 +32,7 @@ __all__ = [
     "job_name",
     "moved_by",
     "other_jobs",
+    "read_moves",
     "remove_abandoned",
     "remove_job",
     "run_attempt",
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 JOB_FILE = "job.json"
+_SOURCE = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*")
+_TARGET = re.compile(rf"({SPACES}|{COARSE}|{SEGMENTS})/[0-9a-f]{{32}}")
 _LOCK = "lock"
 _TRIES = 50  # to lock a job: a gc that looks at it, or removes it, is done with it sooner
 _PAUSE_S = 0.01
@@ -55,7 +59,7 @@ def other_jobs(store: StoreFolder, name: str) -> list[tuple[str, dict[str, Any]]
     for folder in sorted(store.staging.iterdir()) if store.staging.is_dir() else []:
         if folder.name != name and folder.suffix != _DOOMED and (folder / JOB_FILE).is_file():
             try:
-                jobs.append((folder.name, parse_json(folder / JOB_FILE)))
+                jobs.append((folder.name, parse_mapping(parse_json(folder / JOB_FILE), str(folder / JOB_FILE))))
             except DamageError:
                 continue  # its own command will begin it anew
     return jobs
@@ -142,11 +146,24 @@ def is_held(folder: Path) -> bool:
         return not free
 
 
+def read_moves(store: StoreFolder, folder: Path) -> list[tuple[Path, Path]]:
+    """What the commit of a job may have moved: from its folder, to its place. Raises DamageError."""
+    at = str(folder / MOVES_FILE)
+    moves = []
+    for pair in parse_list(parse_json(folder / MOVES_FILE), at):
+        source, target = (parse_text(name, at) for name in parse_list(pair, at, length=2))
+        # Nothing outside of the job and the store is ever moved.
+        if not _SOURCE.fullmatch(source) or ".." in source.split("/") or not _TARGET.fullmatch(target):
+            raise DamageError(f"{at}: {source[:80]!r} to {target[:80]!r} is no move of a commit. Remove {folder}.")
+        moves.append((folder / source, store.path / target))
+    return moves
+
+
 def moved_by(store: StoreFolder, folder: Path) -> set[Path]:
     """Where the commit of a job that is not finished may have put what was staged."""
     try:
-        return {store.path / target for _, target in parse_json(folder / MOVES_FILE)}
-    except (DamageError, TypeError, ValueError):  # not there, or not what was written
+        return {target for _, target in read_moves(store, folder)}
+    except DamageError:  # not there, or not what was written
         return set()
 
 
