@@ -94,6 +94,19 @@ def test_a_deletion_takes_what_was_there_or_what_others_put_in_its_place(tmp_pat
     assert_holds(path, by_key(versioned(left)))
 
 
+def test_the_same_id_in_another_domain_is_another_document(tmp_path):
+    """Added, replaced or deleted by others there, it is no conflict and stays as they left it."""
+    path = tmp_path / "s.knn"
+    create(path, [draw("a"), draw("a", domain="law"), draw("b", domain="law")])
+
+    def deed() -> None:
+        append(path, draw("c", domain="law"), draw("a", 1, domain="law"))
+        knnstore.delete(path, "b", domain="law")
+
+    append(path, draw("a", 2), draw("b"), draw("c"), meanwhile=deed)
+    assert_holds(path, by_key([draw("a", 2), draw("b"), draw("c"), draw("a", 1, domain="law"), draw("c", domain="law")]))
+
+
 def test_a_conflict_names_the_other_commit(tmp_path):
     """Which document, which snapshot, what made it and when; the exit code is 5, and nothing is left of the attempt."""
     path = tmp_path / "s.knn"
