@@ -115,6 +115,7 @@ def join_segments(
                 f"segment {part.content.uuid}: its codes are of another space and its keys were not kept. Allow a lossy change, or run "
                 "the model over its text."
             )
+    decodes = any(part.space.id != space.id and not has_keys(part) for part in parts)
     folder, runs, n_documents = copy_documents(parent, parts)
     n_rows = runs[-1][2]
     if not all(map(has_keys, parts)):
@@ -136,7 +137,8 @@ def join_segments(
         coarse=coarse,
         keys=keys,
         distortion=distortion / n_rows,
-        dtype=contents[0].dtype if len({content.dtype for content in contents}) == 1 else None,
+        # Codes of decoded codes are not those that the model's keys have: to `verify` they come from elsewhere.
+        dtype=contents[0].dtype if len({content.dtype for content in contents}) == 1 and not decodes else None,
         windows=contents[0].windows if len({content.windows for content in contents}) == 1 else None,
     )
     disk.sync_folder(parent)

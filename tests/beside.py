@@ -185,8 +185,14 @@ def again_and_again(path: Path, deed: str, times: int) -> int:
 
 
 def delete_each(path: Path, names: list[str], purge: bool) -> int:
-    """Deletes documents one by one. Returns the number of commits."""
+    """Deletes documents one by one, each until it is done. Returns how often others were in the way too long."""
+    n_conflicts = 0
     for name in names:
         domain, _, document_id = name.partition("/")
-        knnstore.delete(path, document_id, domain=domain, purge=purge)
-    return len(names)
+        while True:
+            try:
+                knnstore.delete(path, document_id, domain=domain, purge=purge)
+                break
+            except ConflictError:  # which says that nothing was changed
+                n_conflicts += 1
+    return n_conflicts

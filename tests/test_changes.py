@@ -216,8 +216,12 @@ def crowd(name: str, scale: float, n: int = 4_200) -> Drawn:
     return replace(drawn, keys=drawn.keys * np.float32(scale))
 
 
-def test_spaces_are_listed_as_long_as_they_are_used(tmp_path):
-    """One whose segments go is dropped, also while an append into it is built: then it is listed again, and its files are there."""
+@pytest.mark.parametrize("joins", [False, True])
+def test_spaces_are_listed_as_long_as_they_are_used(tmp_path, joins):
+    """One whose segments go is dropped, also while an append into it is built: then it is listed again, and its files are there.
+
+    joins: the append would have taken in small segments that go too, so that it tries again on what others left.
+    """
     near, far = crowd("near", 1.0), crowd("far", 40.0)
     for drawn in (near, far):
         create(tmp_path / f"{drawn.id}.knn", [drawn], seed=len(drawn.id))
@@ -226,6 +230,9 @@ def test_spaces_are_listed_as_long_as_they_are_used(tmp_path):
     spaces = {record.content.space: record for record in newest(path).segments}
     assert [space.id for space in newest(path).spaces] == list(spaces)
     of_near, of_far = spaces
+    small = [draw(f"s{number}", n=40, domain="near") for number in range(3 if joins else 0)]
+    for item in small:
+        assert append(path, item).segments[-1].content.space == of_near
 
     def drop() -> None:
         knnstore.delete(path, domain="near")

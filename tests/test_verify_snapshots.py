@@ -94,6 +94,16 @@ def test_a_manifest_of_another_history(grown: Path) -> None:
     assert "snapshot 3 names" in problem.detail
 
 
+def test_a_manifest_of_another_store(grown: Path, tmp_path: Path) -> None:
+    """One that is whole is to blame by itself: what it says of its parent says nothing of this store's snapshots."""
+    other = make(tmp_path / "another.knn", 60, 40)
+    commit_same(other, k=3)
+    commit_same(other, k=4)
+    shutil.copyfile(other / "manifests" / "3.json", grown / "manifests" / "3.json")
+    (problem,) = problems_of(grown, "quick")
+    assert (problem.kind, problem.path) == ("manifest", "manifests/3.json")
+
+
 def test_current_that_lies(grown: Path) -> None:
     """CURRENT is to blame where it contradicts a manifest that is whole; a number that is not there is missing."""
     current = (grown / "CURRENT").read_text()

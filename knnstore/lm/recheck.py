@@ -38,7 +38,7 @@ class Recheck:
         computed = [record for record in manifest.segments if record.content.windows is not None and record.content.dtype is not None]
         if not computed:
             raise InvalidArgumentError(
-                f"{store.path}: it does not say in which windows of text a model gave its keys, so they cannot be computed again. "
+                f"{store.path}: it does not say in which windows of text a model gave the keys of its codes, so they cannot be compared. "
                 "Verify without a sample."
             )
         self._records = sorted(computed, key=lambda record: record.content.dtype or "")  # the model is loaded once for each dtype
@@ -97,7 +97,7 @@ class Recheck:
             for batch in self._embedder.batches(tokens, windows):
                 for window, keys in zip(batch.tolist(), self._embedder.keys(tokens, batch), strict=True):
                     at = int(np.searchsorted(stored_rows, first_rows[window]))
-                    same = _same(space, codes[at : at + len(keys)], keys)
+                    same = _same(space, codes[at : at + len(keys)], keys, content.keys)
                     equal, total = equal + int(np.count_nonzero(same)), total + same.size
                 stage.advance(len(batch))
         finally:
@@ -133,14 +133,20 @@ def _draw(live: Sequence[RangeSet], n: int, rng: np.random.Generator) -> list[ND
     return rows
 
 
-def _same(space: Space, codes: NDArray[np.uint8], keys: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which of the sub-codes stored, (n, n_sub), are those of these keys (n, dim); of raw keys, which numbers, (n, dim), are near."""
+def _same(space: Space, codes: NDArray[np.uint8], keys: NDArray[np.float32], kept: str | None) -> NDArray[np.bool_]:
+    """Which of the sub-codes stored, (n, n_sub), are those of these keys (n, dim); of raw keys, which numbers, (n, dim), are near.
+
+    kept: the type in which the segment keeps keys: codes that were made anew since are of keys that were rounded to it.
+    """
     if space.codec is Codec.RAW:
-        stored = space.decode(codes)
-        scale = np.sqrt(np.square(stored).mean(axis=1, keepdims=True))
-        near: NDArray[np.bool_] = np.abs(stored - keys) <= _NEAR * scale
+        raw = space.decode(codes)
+        near: NDArray[np.bool_] = np.abs(raw - keys) <= _NEAR * np.sqrt(np.square(raw).mean(axis=1, keepdims=True))
         return near
-    equal: NDArray[np.bool_] = _sub_codes(space, codes) == _sub_codes(space, space.encode(space.rotate(keys)))
+    stored = _sub_codes(space, codes)
+    equal: NDArray[np.bool_] = stored == _sub_codes(space, space.encode(space.rotate(keys)))
+    if kept in ("f16", "bf16"):
+        rounded = to_float32(stored_keys(keys, kept), KEY_DTYPES[kept])
+        equal |= stored == _sub_codes(space, space.encode(space.rotate(rounded)))
     return equal
 
 
