@@ -110,6 +110,7 @@ def read_along(path: Path, stop: Path, seed: int, n_threads: int) -> dict[str, A
                 else:
                     _search_together(store, oracle, n_threads, rng)
                 n_searches += n_threads
+        stop.with_name(f"reading {seed}").touch()
         if stopping:
             return {"seen": seen, "searches": n_searches, "opened": n_opened}
 

@@ -65,6 +65,9 @@ def _read_and_write(crew: Crew, tell: Callable[[str], None], names: list[str], *
     create(path, [document(name, 0, dim) for name in names], dim=dim)
     for number in range(n_readers):
         crew.start(read_along, path, stop, number, 3 if number % 4 == 3 else 1)
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not all(stop.with_name(f"reading {number}").exists() for number in range(n_readers)):
+        time.sleep(0.05)  # a loaded machine is slow to start them, and the writer would be done before
     states = _write_along(path, names, dim, n_commits)
     stop.touch()
     results = crew.results()

@@ -36,7 +36,7 @@ class Killing:
         self.deeds: dict[str, list[int]] = {}  # what was cut off: how often it was as before, and as after
 
     def round(self, number: int) -> None:
-        if number % 30 == 29:
+        if number % 12 == 11:
             self._path, self._state = self._folder / f"{number}.knn", State()
         self._log.write_bytes(b"")
         arguments = (self._path, self._log, self._rng.randrange(1 << 30), self._state)

@@ -142,6 +142,25 @@ def test_keys_of_another_model(made: dict[str, Path], tmp_path: Path, model: Lan
     assert report.samples[0].equal < 0.5
 
 
+def test_codes_that_were_made_anew(
+    copy: Callable[[str], Path], tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From kept keys, which were rounded, they are right; from decoded codes they are not those of the keys, and are not compared."""
+    monkeypatch.setattr(calibrate, "HELD_OUT_TOKENS", 256)
+    monkeypatch.setitem(MIN_TRAINING, Codec.PQ4, 1_600)
+    corpus = lms.write_texts(tmp_path / "few", {"a.txt": lms.book()[:4_500]})
+    create(tmp_path / "s.knn", corpus, model=model, keep_keys="bf16", **WINDOWS).close()
+    knnstore.compact(tmp_path / "s.knn", retrain=True).close()
+    report = knnstore.verify(tmp_path / "s.knn", sample=10_000, model=model)
+    assert report.ok
+    assert report.samples[0].equal > 0.99
+    path = copy("pq4")
+    knnstore.compact(path, retrain=True, lossy=True).close()
+    assert knnstore.verify(path).ok
+    with pytest.raises(InvalidArgumentError, match="cannot be compared"):
+        knnstore.verify(path, sample=1, model=model)
+
+
 def test_another_dtype_is_told_and_not_judged(copy: Callable[[str], Path]) -> None:
     """Keys computed in another dtype may fall to other codes."""
     other = load_language_model(lms.gpt2_model(), tokenizer=lms.gpt2_tokenizer(), dtype="bfloat16")

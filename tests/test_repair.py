@@ -16,6 +16,7 @@ from verified import make
 
 import knnstore
 from knnstore.errors import DamageError
+from knnstore.storage.manifest import Calibration
 
 FILES = ("lists.bin", "lists.dir", "values.bin", "contexts.lmdb", "ids.bin", "segment.json")
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -89,6 +90,31 @@ def test_a_damaged_segment_leaves(past: Path, path: Path, name: str, done: str) 
     for number in {1, 2, 3} - naming:
         assert content(path, number) == content(past, number)
     assert len(before - inventory(path)) <= 1, "only the damaged file is another one"
+
+
+@pytest.mark.parametrize(("status", "after"), [("fresh", "stale"), ("stale", "stale"), ("default", "default")])
+def test_what_was_fitted_is_stale_without_a_segment(path: Path, status: str, after: str) -> None:
+    """λ and temperature were fitted on more than is left; where nothing is lost they stay as they are."""
+    calibration = Calibration(
+        lmbda=0.2,
+        temperature=9.0,
+        k=8,
+        nprobe=1,
+        exact=False,
+        spaces=(),
+        domains=("a", "b", "c"),
+        status=status,
+        made_by="create",
+        tokens=9,
+        perplexity={},
+    )
+    write_manifest(path, dataclasses.replace(manifest_of(path), calibration=calibration))
+    cut(path / "CURRENT", 3)
+    knnstore.repair(path)
+    assert manifest_of(path).calibration == calibration
+    invert(path / "segments" / manifest_of(path).segments[0].content.uuid / "values.bin", 70)
+    knnstore.repair(path)
+    assert manifest_of(path).calibration == dataclasses.replace(calibration, status=after)
 
 
 def test_documents_that_were_lost_are_appended_again(past: Path, path: Path) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broken import Key, check_repaired, copied, in_segments, inventory, make_past, manifest_of
+from broken import DOCUMENTS, Key, check_repaired, copied, in_segments, inventory, make_past, manifest_of
 from click.testing import CliRunner
 from damage import invert
 from knnstore_cli.main import cli
-from pasts import add, content, tree
+from pasts import add, content, make, tree
 from stores import PowerCut
 from verified import Told
 
 import knnstore
 from knnstore.errors import DamageError, NotFoundError, StorageError
+from knnstore.storage.manifest_json import canonical
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +162,24 @@ def _add_and_lose(path: Path) -> None:
     (path / "manifests" / "5.json").unlink()
 
 
+def _beside_a_job(path: Path) -> None:
+    """A first snapshot whose `create` was killed after its commit: its job is still there. Without CURRENT it is taken for unfinished."""
+    shutil.rmtree(path)
+    make(path, DOCUMENTS, segment_entries=20)
+    job = path / "staging" / ("ab" * 16)
+    job.mkdir(parents=True)
+    pairs = [[name, name] for name in (f"segments/{item.content.uuid}" for item in manifest_of(path).segments)]
+    (job / "moves.json").write_bytes(canonical(pairs))
+    invert(path / "CURRENT", 3)
+
+
 KILLED: dict[str, Callable[[Path], None]] = {
     "segment": _damage_segment,
     "contexts": _damage_contexts,
     "much": _damage_much,
     "newest manifest": _add_and_lose,
     "current": lambda path: invert(path / "CURRENT", 3),
+    "current beside a job": _beside_a_job,
 }
 
 

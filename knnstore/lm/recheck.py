@@ -8,15 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import DamageError, InvalidArgumentError
-from knnstore.format import COARSE, LISTS_FILE, SEGMENTS, SPACES, Codec
+from knnstore.format import COARSE, LISTS_FILE, SEGMENTS, SPACES, Codec, DType
 from knnstore.lm.building import dtype_name
 from knnstore.lm.embed import Embedder, SegmentTokens
 from knnstore.lm.opening import open_embedder
 from knnstore.progress import Progress, Stage
+from knnstore.storage.arrays import to_float32
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.manifest import Manifest, SegmentRecord
 from knnstore.storage.rows import RangeSet, as_ranges, complement, contains, count
 from knnstore.storage.segment import Segment
+from knnstore.storage.segment_writer import stored_keys
 from knnstore.storage.space import Space, load_space
 from knnstore.verification.datastore import Problem, SegmentSample
 
@@ -24,6 +26,8 @@ __all__ = ["ENOUGH", "Recheck"]
 
 ENOUGH = 0.99  # share of sub-codes asked for: a key between two centroids may fall to either side when sums are made in another order
 _NEAR = 0.05  # by how much a number of a raw key may differ, as a share of the key's root mean square: likewise, in 16 bits
+
+_ROUNDED = {"f16": DType.F16, "bf16": DType.BF16}  # types in which keys are kept that are narrower than theirs
 
 
 class Recheck:
@@ -144,8 +148,8 @@ def _same(space: Space, codes: NDArray[np.uint8], keys: NDArray[np.float32], kep
         return near
     stored = _sub_codes(space, codes)
     equal: NDArray[np.bool_] = stored == _sub_codes(space, space.encode(space.rotate(keys)))
-    if kept in ("f16", "bf16"):
-        rounded = to_float32(stored_keys(keys, kept), KEY_DTYPES[kept])
+    if kept in _ROUNDED:
+        rounded = to_float32(stored_keys(keys, kept), _ROUNDED[kept])
         equal |= stored == _sub_codes(space, space.encode(space.rotate(rounded)))
     return equal
 
