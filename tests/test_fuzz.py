@@ -14,14 +14,16 @@ import pytest
 from fuzzing import NASTY, RAW_NASTY, At, Bench, changed, places, put_manifest, sealed_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import create_store, draw_keys, draw_values
 
 import knnstore
 from knnstore.build import take_back
-from knnstore.errors import DamageError
+from knnstore.errors import DamageError, InvalidArgumentError
 from knnstore.format import MANIFEST_MAX
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.jobs import moved_by
 from knnstore.storage.manifest_json import canonical
+from knnstore.storage.parse import DEPTH_MAX
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,10 @@ def test_every_value_of_a_manifest(bench: Bench) -> None:
 def test_json_that_is_none(bench: Bench, raw: str) -> None:
     """In the place of one value of a manifest, with the right `check`, and as the whole of each small file."""
     text = canonical({name: value for name, value in bench.newest().items() if name != "check"}).decode()
-    for old in ('"k":1024', '"documents":{"a":1,"b":1}', '"name":"none"'):
+    for old in ('"k":1024', '"documents":{"a":1,"b":1}', '"name":"none"', '"counts":{"documents":1,'):
         assert text.count(old) == 1
-        body = text.replace(old, f"{old.partition(':')[0]}:{raw}")
+        name, _, rest = old.partition(":")
+        body = text.replace(old, f'{name}:{{"documents":{raw},' if rest.startswith("{") and rest.endswith(",") else f"{name}:{raw}")
         check = hashlib.sha256(body.encode()).hexdigest()
         at = body.index('"checkpoint"')
         with bench.tampered():
@@ -143,6 +146,36 @@ def test_segments_and_spaces(bench: Bench, data: st.DataObject) -> None:
         bench.ask("segments and spaces", (name, at, new))
 
 
+@pytest.mark.parametrize("depth", [DEPTH_MAX, DEPTH_MAX + 1, 200, 600, 900, 980, 5_000])
+def test_deep_manifests(bench: Bench, depth: int) -> None:
+    """What is nested is read up to a depth that is far from where Python's own limit would stop another step."""
+    deep = "[" * (depth - 1) + "]" * (depth - 1)  # in an object
+    fields = {name: value for name, value in bench.newest().items() if name != "check"}
+    text = canonical({**fields, "operation": {**fields["operation"], "arguments": {"x": "HERE"}}}).decode()
+    body = text.replace('"HERE"', deep)
+    check, at = hashlib.sha256(body.encode()).hexdigest(), body.index('"checkpoint"')
+    with bench.tampered():
+        put_manifest(bench.store, 2, f'{body[:at]}"check":"{check}",{body[at:]}'.encode())
+        found = bench.ask("deep manifests", depth)
+        assert (found["info"] == "DamageError") is (depth > DEPTH_MAX)
+
+
+@pytest.mark.parametrize("depth", [DEPTH_MAX, DEPTH_MAX + 1, 600])
+def test_deep_metadata(tmp_path: Path, depth: int) -> None:
+    """What would not be read again is not written."""
+    deep: Any = {}
+    for _ in range(depth - 1):
+        deep = {"x": deep}
+    documents = [knnstore.EntryDocument(id="a", n_entries=3, metadata=deep)]
+    if depth > DEPTH_MAX:
+        with pytest.raises(InvalidArgumentError, match="deep"):
+            create_store(tmp_path / "s.knn", draw_keys(0, 3, 2), draw_values(0, 3), documents)
+    else:
+        create_store(tmp_path / "s.knn", draw_keys(0, 3, 2), draw_values(0, 3), documents)
+        with knnstore.open(tmp_path / "s.knn") as store:
+            assert next(iter(store.documents())).metadata == deep
+
+
 def test_large_manifests(bench: Bench) -> None:
     """One long string, many empty lists, many dead ranges: read or refused in little memory; one larger than allowed is not read."""
     fields = bench.newest()
@@ -160,7 +193,7 @@ def test_large_manifests(bench: Bench) -> None:
             bench.ask("large manifests", done)
     with bench.tampered():
         with (bench.store / "manifests" / "2.json").open("wb") as file:
-            file.truncate(MANIFEST_MAX + 1)
+            file.truncate(100 * MANIFEST_MAX)  # of which nothing is on the disk
         assert bench.ask("large manifests", "too large")["info"] == "DamageError"
 
 

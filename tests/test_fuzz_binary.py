@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mending import contexts_of, records, resign, sealed
 
-from knnstore.format import HEADER_SIZE
+from knnstore.format import HEADER_SIZE, DType, Header, Kind
 from knnstore.storage.catalog import file_records
 from knnstore.storage.manifest import Manifest
 
@@ -52,6 +52,37 @@ def test_headers(bench: Bench, data: st.DataObject) -> None:
         target.write_bytes(bytes(head) + file.read_bytes()[HEADER_SIZE:])
         mend(bench.store)
         bench.ask("headers", (file.name, changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "dtype", "columns"),
+    [
+        ("keys.bin", "exact", DType.F32, 5),
+        ("keys.bin", "exact", DType.BF16, 10),
+        ("keys.bin", "exact", DType.U8, 20),
+        ("values.bin", "contexts", DType.U8, 2),
+        ("values.bin", "contexts", DType.F16, 1),
+        ("ids.bin", "find", DType.U32, 4),
+        ("ids.bin", "find", DType.U8, 16),
+    ],
+)
+def test_other_elements_in_as_many_bytes(bench: Bench, name: str, way: str, dtype: DType, columns: int) -> None:
+    """A header that says so of a file of the right size is not believed by what reads the file."""
+    for file in sorted(bench.pristine.glob(f"segments/*/{name}")):
+        raw = file.read_bytes()
+        header = Header(
+            kind=Kind(raw[10]),
+            owner=raw[32:48],
+            dtype=dtype,
+            rows=int.from_bytes(raw[16:24], "little"),
+            columns=columns,
+            check=int.from_bytes(raw[48:56], "little"),
+        )
+        with bench.tampered():
+            (bench.store / file.relative_to(bench.pristine)).write_bytes(header.pack() + raw[HEADER_SIZE:])
+            mend(bench.store)
+            assert bench.child.ask("answers", bench.store).value[way] == "DamageError"
+            bench.ask("headers", (name, dtype, columns))
 
 
 @settings(max_examples=100)

@@ -105,9 +105,9 @@ def read_array(path: Path, *, kind: Kind, owner: bytes, shape: tuple[int, int], 
     return body.view(dtype).reshape(shape)
 
 
-def _element_type(header: Header, path: Path) -> np.dtype[Any]:
-    if header.dtype not in _TYPES[header.kind]:
-        raise DamageError(f"{path}: its elements are {header.dtype.name.lower()}, which such a file does not hold. Run `knnstore verify`.")
+def _element_type(header: Header, path: Path, expected: DType | None = None) -> np.dtype[Any]:
+    if header.dtype not in _TYPES[header.kind] or expected not in (None, header.dtype):
+        raise DamageError(f"{path}: its elements are {header.dtype.name.lower()}, which this file does not hold. Run `knnstore verify`.")
     return NUMPY_TYPES[header.dtype]
 
 
@@ -126,12 +126,24 @@ def blocked_size(n_rows: int, row_bytes: int) -> int:
 class MappedArray:
     """A long array on disk: header (check: xxh3-64 of the checksums), rows, zeros to 64, one u64 checksum per 64 KiB of rows."""
 
-    def __init__(self, path: Path, *, kind: Kind, owner: bytes, n_rows: int, columns: int = 1, size: int | None = None) -> None:
-        """Raises DamageError if the file is not such an array of this shape, or its table of checksums is damaged."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        kind: Kind,
+        owner: bytes,
+        n_rows: int,
+        columns: int = 1,
+        dtype: DType | None = None,
+        size: int | None = None,
+    ) -> None:
+        """dtype: None for any that such a file may hold. Raises DamageError if the file is not such an array of this shape, or its table
+        of checksums is damaged.
+        """
         raw = map_file(path, size)
         self.path = path
         self.header = parse_header(raw[:HEADER_SIZE].tobytes(), str(path), kind=kind, owner=owner)
-        self.dtype = _element_type(self.header, path)
+        self.dtype = _element_type(self.header, path, dtype)
         self._row_bytes = self.header.columns * self.dtype.itemsize
         if (self.header.rows, self.header.columns) != (n_rows, columns) or raw.nbytes != blocked_size(n_rows, self._row_bytes):
             raise DamageError(

@@ -116,7 +116,7 @@ def parse_free(raw: object, at: str) -> dict[str, Any]:
 def is_too_deep(value: Any) -> bool:
     """Whether a JSON value is nested more than DEPTH_MAX deep."""
     level = [value]
-    for _ in range(DEPTH_MAX + 1):
+    for _ in range(DEPTH_MAX):
         below = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list | tuple))
         level = [item for items in below for item in items if isinstance(item, dict | list | tuple)]
         if not level:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.errors import DamageError, InvalidArgumentError
-from knnstore.format import CONTEXTS_FILE, IDS_FILE, KEYS_FILE, LISTS_FILE, SEGMENT_FILE, VALUES_FILE, Codec, Kind
+from knnstore.format import CONTEXTS_FILE, IDS_FILE, KEYS_FILE, LISTS_FILE, SEGMENT_FILE, VALUES_FILE, Codec, DType, Kind
 from knnstore.storage.arrays import MappedArray, map_file, to_float32
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.coarse import Coarse, load_coarse
@@ -64,6 +64,7 @@ class Segment:
             kind=Kind.VALUES,
             owner=self._owner,
             n_rows=self.content.entries,
+            dtype=DType[self.content.values.upper()],
             size=self.content.size_of(VALUES_FILE),
         )
 
@@ -72,9 +73,15 @@ class Segment:
         """Kept keys, where there are any."""
         if self.content.keys is None:
             return None
-        path = self.folder / KEYS_FILE
-        size = self.content.size_of(KEYS_FILE)
-        return MappedArray(path, kind=Kind.KEYS, owner=self._owner, n_rows=self.content.entries, columns=self.space.dim, size=size)
+        return MappedArray(
+            self.folder / KEYS_FILE,
+            kind=Kind.KEYS,
+            owner=self._owner,
+            n_rows=self.content.entries,
+            columns=self.space.dim,
+            dtype=DType[self.content.keys.upper()],
+            size=self.content.size_of(KEYS_FILE),
+        )
 
     @cached_property
     def ids(self) -> MappedArray:
