@@ -15,7 +15,7 @@ from typing import Any
 from living import Drawn, Key, batches, by_key, create, draw
 
 import knnstore
-from knnstore.storage.catalog import StoreFolder, list_manifests
+from knnstore.storage.catalog import StoreFolder, list_manifests, read_current
 
 NAMES = [f"{domain}/{number}" for domain in ("default", "law") for number in range(5)]
 
@@ -59,11 +59,16 @@ def live(path: Path, log_path: Path, seed: int, state: State) -> None:
                 note("begin", deed=deed, **after)
                 run()
                 state.documents, state.tags = after["documents"], after["tags"]
-                state.past[list_manifests(StoreFolder(path))[-1]] = dict(state.documents)
-                note("done", snapshot=list_manifests(StoreFolder(path))[-1], **after)
+                state.past[_newest(path)] = dict(state.documents)
+                note("done", snapshot=_newest(path), **after)
         except Exception:
             note("error", traceback=traceback.format_exc())
             raise
+
+
+def _newest(path: Path) -> int:
+    """The newest snapshot that counts: a process that was killed may have left the manifest of another."""
+    return read_current(StoreFolder(path))[0]
 
 
 def _choose(path: Path, state: State, rng: random.Random) -> tuple[str, Callable[[], object], dict[str, Any]]:
@@ -96,7 +101,7 @@ def _choose(path: Path, state: State, rng: random.Random) -> tuple[str, Callable
         left = {name: version for name, version in documents.items() if version % 2}
         return deed, lambda: knnstore.delete(path, where={"even": True}), {"documents": left, "tags": tags}
     if deed == "tag":
-        number = max(list_manifests(StoreFolder(path)))
+        number = _newest(path)
         name = rng.choice(["a", "b"])
         return deed, lambda: knnstore.tag(path, name, number, move=True), {"documents": documents, "tags": tags | {name: number}}
     if deed == "untag" and tags:

@@ -99,9 +99,16 @@ def test_a_manifest_of_another_store(grown: Path, tmp_path: Path) -> None:
     other = make(tmp_path / "another.knn", 60, 40)
     commit_same(other, k=3)
     commit_same(other, k=4)
+    whole = (grown / "manifests" / "3.json").read_bytes()
     shutil.copyfile(other / "manifests" / "3.json", grown / "manifests" / "3.json")
     (problem,) = problems_of(grown, "quick")
     assert (problem.kind, problem.path) == ("manifest", "manifests/3.json")
+    (grown / "manifests" / "3.json").write_bytes(whole)
+    commit_same(grown, k=8)
+    (grown / "manifests" / "3.json").unlink()  # by a gc, and with it what named the second one's sha256
+    shutil.copyfile(other / "manifests" / "2.json", grown / "manifests" / "2.json")
+    problems = problems_of(grown, "quick")  # what it names is not there either
+    assert {problem.path for problem in problems if problem.kind == "manifest"} == {"manifests/2.json"}
 
 
 def test_current_that_lies(grown: Path) -> None:
