@@ -108,7 +108,8 @@ class Bench:
 def child(tell: Callable[[str], None]) -> Iterator[Child]:
     with Child() as running:
         yield running
-    tell("damage: " + ", ".join(f"{n:,} {what}" for what, n in TRIED.items()))
+    if TRIED:
+        tell("damage: " + ", ".join(f"{n:,} {what}" for what, n in TRIED.items()))
 
 
 def _create(kind: str, path: Path, seed: int) -> None:
