@@ -5,29 +5,27 @@ that is not the one the work began from, it still goes through if the documents 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from knnstore.errors import ConflictError, FormatError
-from knnstore.filters import document_domain, live_records
-from knnstore.format import WRITER_FEATURES
-from knnstore.storage.catalog import StoreFolder, commit, now
-from knnstore.storage.contexts import DocumentRecord
+from knnstore.errors import ConflictError
+from knnstore.filters import live_records, live_with_ids
+from knnstore.storage.catalog import StoreFolder, now
+from knnstore.storage.commits import commit
 from knnstore.storage.files import replace_file
 from knnstore.storage.jobs import MOVES_FILE
 from knnstore.storage.manifest import Calibration, CoarseRecord, Manifest, Operation, SegmentRecord, SpaceRecord
 from knnstore.storage.manifest_json import canonical
-from knnstore.storage.rows import RangeSet, as_ranges, contains, count, intersect, subtract
+from knnstore.storage.rows import RangeSet, as_ranges, contains, intersect, subtract
 from knnstore.storage.segment import Segment, open_segments
 from knnstore.storage.space import raw_space
 
-__all__ = ["Change", "DocumentKey", "Staged", "check_features", "commit_change", "domain_counts"]
+__all__ = ["Change", "DocumentKey", "Staged", "commit_change"]
 
 Record = TypeVar("Record", SpaceRecord, CoarseRecord, SegmentRecord)
 
@@ -100,13 +98,6 @@ def commit_change(store: StoreFolder, start: Manifest, change: Change, *, job: P
     return commit(store, build, staged=moves)
 
 
-def check_features(store: StoreFolder, manifest: Manifest) -> None:
-    """Raises FormatError where a snapshot may only be changed, or taken over, by a later version: before any work is done for it."""
-    unknown = sorted(set(manifest.writer_features) - WRITER_FEATURES)
-    if unknown:
-        raise FormatError(f"{store.path}: changing it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
-
-
 def _moves(store: StoreFolder, change: Change, made: Manifest) -> list[tuple[Path, Path]]:
     """(from, to) of the staged folders that a manifest names."""
     named = {record.id for record in made.spaces} | {record.id for record in made.coarse}
@@ -115,24 +106,6 @@ def _moves(store: StoreFolder, change: Change, made: Manifest) -> list[tuple[Pat
     places += [(item.folder, store.coarse(item.record.id), item.record.id) for item in change.coarse]
     places += [(item.folder, store.segment(item.record.content.uuid), item.record.content.uuid) for item in change.segments]
     return [(source, target) for source, target, name in places if name in named and source != target]
-
-
-def domain_counts(records: Sequence[SegmentRecord]) -> dict[str, int]:
-    """Live entries of each domain."""
-    entries: Counter[str] = Counter()
-    for record in records:
-        dead = record.dead_ranges()
-        for domain, first, stop in record.runs:
-            entries[domain] += stop - first - count(intersect(as_ranges([(first, stop)]), dead))
-    return dict(entries)
-
-
-def _live_with(segment: Segment, hashes: NDArray[np.uint64]) -> Iterator[tuple[str, DocumentRecord]]:
-    """Domain and record of the live documents whose id has one of these hashes."""
-    table = segment.ids.rows(0, len(segment.ids))
-    rows = table[np.isin(table[:, 0], hashes), 1].astype(np.int64)
-    for first_row in rows[~contains(segment.record.dead_ranges(), rows)].tolist():
-        yield document_domain(segment.record, first_row), segment.contexts.document_at(first_row)
 
 
 def _named(manifest: Manifest) -> str:
@@ -230,7 +203,7 @@ class _Application:
     def _compare(self, ours: Segment, other: Segment) -> None:
         """Raises ConflictError for a document that comes and lives in another segment, unless that is the one it replaces."""
         known = other.ids.rows(0, len(other.ids))[:, 0]
-        for domain, record in _live_with(ours, known):
+        for domain, record in live_with_ids(ours, known):
             dying = as_ranges(self._dead.get(other.content.uuid, []))
             for _, of_other, there in live_records([other], record.id):
                 if of_other == domain and not contains(dying, np.array([there.first_row]))[0]:
@@ -241,7 +214,7 @@ class _Application:
         hashes, counts = np.unique(np.concatenate([segment.ids.rows(0, len(segment.ids))[:, 0] for segment in ours]), return_counts=True)
         found: set[tuple[str, str, int]] = set()
         for segment in ours:
-            for domain, record in _live_with(segment, hashes[counts > 1]):
+            for domain, record in live_with_ids(segment, hashes[counts > 1]):
                 key = domain, record.id, record.part
                 if key in found:
                     raise self._conflict(f"document {record.id!r} of domain {domain!r} was added")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knnstore.errors import DamageError, FormatError, InvalidArgumentError, NotFoundError, StorageError
+from knnstore.errors import DamageError, InvalidArgumentError, NotFoundError, StorageError
 from knnstore.format import (
     COARSE,
     CURRENT_FILE,
@@ -22,10 +22,10 @@ from knnstore.format import (
     STAGING,
     STORE_FILE,
     TAGS,
-    WRITER_FEATURES,
 )
 from knnstore.progress import SILENT, Progress, Stage
 from knnstore.storage.catalog import StoreFolder, folders_of, list_manifests, read_current, read_identity, read_manifest
+from knnstore.storage.commits import check_features
 from knnstore.storage.files import disk, hold_lock, unless_held
 from knnstore.storage.jobs import is_held, moved_by, remove_job
 from knnstore.storage.tags import TAG_PREFIX, list_tags, resolve, tag_name
@@ -171,9 +171,7 @@ class _Collection:
                 f"{what} What snapshot {number} needs is not known, and nothing that it may need was removed. "
                 f"`knnstore verify` says what is damaged; {advice}."
             ) from error
-        unknown = sorted(set(manifest.writer_features) - WRITER_FEATURES)
-        if unknown:
-            raise FormatError(f"{self.store.path}: changing it needs {', '.join(unknown)}, unknown here. Install a newer knnstore.")
+        check_features(self.store, manifest)
         for folder, files in folders_of(self.store, manifest):
             own = {SEGMENT_FILE: 0} if folder.parent.name == SEGMENTS else {}  # its size is in no manifest, and some hundred bytes
             self.needed.setdefault(folder, own).update((file.name, file.size) for file in files)

@@ -9,7 +9,7 @@ from typing import Any
 from knnstore.build import staged_segment
 from knnstore.changes import Change, Staged, commit_change
 from knnstore.errors import ConflictError, InvalidArgumentError, NotFoundError
-from knnstore.filters import Where, document_domain, live_records, matches
+from knnstore.filters import Where, document_domain, live_documents_of, live_records, matches
 from knnstore.growth import Ground, without_rows
 from knnstore.joining import join_segments
 from knnstore.progress import SILENT, Progress
@@ -125,8 +125,7 @@ def _select(ground: Ground, documents: Sequence[str] | None, domain: str | None,
             raise InvalidArgumentError(f"document {document_id!r}: in domains {', '.join(domains)}. Say which with domain= (--domain).")
         found += records
     for segment in ground.segments if where is not None else ():
-        for row in _first_rows(segment, alive=True):
-            of_domain, record = document_domain(segment.record, row), segment.contexts.document_at(row)
+        for of_domain, record in live_documents_of(segment):
             if domain in (None, of_domain) and matches(record.metadata, where or {}):
                 found.append((segment, of_domain, record))
     pairs: dict[str, list[tuple[int, int]]] = {}
@@ -134,13 +133,6 @@ def _select(ground: Ground, documents: Sequence[str] | None, domain: str | None,
         pairs.setdefault(segment.content.uuid, []).append((record.first_row, record.first_row + record.n_entries))
     ids = frozenset((of_domain, record.id) for _, of_domain, record in found)
     return _Selection({uuid: as_ranges(some) for uuid, some in pairs.items()}, dict(Counter(of_domain for of_domain, _ in ids)), ids)
-
-
-def _first_rows(segment: Segment, *, alive: bool) -> list[int]:
-    """First rows of a segment's documents: of those that count, or of those that are dead."""
-    rows = segment.contexts.first_rows
-    found: list[int] = rows[contains(segment.record.dead_ranges(), rows) != alive].tolist()
-    return found
 
 
 class _Deletion:
@@ -192,9 +184,12 @@ class _Deletion:
     def _is_touched(self, segment: Segment) -> bool:
         if segment.content.uuid in self._selection.rows:
             return True
-        return bool(segment.record.dead) and any(
+        if not segment.record.dead:
+            return False
+        rows = segment.contexts.first_rows
+        return any(
             self._selection.has(document_domain(segment.record, row), segment.contexts.document_at(row).id)
-            for row in _first_rows(segment, alive=False)
+            for row in rows[contains(segment.record.dead_ranges(), rows)].tolist()
         )
 
 

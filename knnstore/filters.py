@@ -22,8 +22,11 @@ __all__ = [
     "document_domain",
     "domain_weights",
     "find_document_rows",
+    "live_documents_of",
     "live_records",
+    "live_with_ids",
     "log_weights",
+    "matches",
 ]
 
 Domains = str | Sequence[str] | Mapping[str, float]
@@ -133,6 +136,23 @@ def live_records(segments: Sequence[Segment], document_id: str) -> Iterator[tupl
         for record in segment.find(document_id):
             if not contains(segment.record.dead_ranges(), np.array([record.first_row]))[0]:
                 yield number, document_domain(segment.record, record.first_row), record
+
+
+def live_with_ids(segment: Segment, hashes: NDArray[np.uint64]) -> Iterator[tuple[str, DocumentRecord]]:
+    """Domain and record of the live documents whose id has one of these hashes."""
+    table = segment.ids.rows(0, len(segment.ids))
+    rows = table[np.isin(table[:, 0], hashes), 1].astype(np.int64)
+    for first_row in rows[~contains(segment.record.dead_ranges(), rows)].tolist():
+        yield document_domain(segment.record, first_row), segment.contexts.document_at(first_row)
+
+
+def live_documents_of(segment: Segment) -> Iterator[tuple[str, DocumentRecord]]:
+    """Domain and record of each document (or part) of a segment that lives, in row order."""
+    rows = segment.contexts.first_rows
+    dead = set(rows[contains(segment.record.dead_ranges(), rows)].tolist())
+    for record in segment.contexts.documents():
+        if record.first_row not in dead:
+            yield document_domain(segment.record, record.first_row), record
 
 
 def find_document_rows(segments: Sequence[Segment], document_id: str) -> list[RowRange]:

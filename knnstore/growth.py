@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore.build import Index, StagedSegment, choose_codec, sample_size, segment_record, staged_segment
-from knnstore.changes import DocumentKey, Staged, check_features
+from knnstore.changes import DocumentKey, Staged
 from knnstore.filters import live_records
 from knnstore.format import Codec
 from knnstore.joining import join_segments, kept_type, size_tiers
@@ -18,6 +18,7 @@ from knnstore.progress import SILENT, Progress
 from knnstore.sampling import mean_distortion, sample_keys, sample_rotated
 from knnstore.storage.catalog import StoreFolder
 from knnstore.storage.coarse import Coarse, choose_nlist, is_listed, save_coarse, train_coarse
+from knnstore.storage.commits import check_features
 from knnstore.storage.files import disk
 from knnstore.storage.manifest import IndexOptions, Manifest, SegmentRecord
 from knnstore.storage.rows import RangeSet, as_ranges

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from knnstore.changes import domain_counts
-from knnstore.errors import DamageError, FormatError
+from knnstore.errors import DamageError
 from knnstore.filters import document_domain
-from knnstore.format import SEGMENT_FILE, WRITER_FEATURES
-from knnstore.storage.catalog import StoreFolder, commit, commit_over_damage, folders_of, now, open_snapshot, read_identity
+from knnstore.format import SEGMENT_FILE
+from knnstore.inspection import domain_counts
+from knnstore.storage.catalog import StoreFolder, folders_of, now, open_snapshot, read_identity
+from knnstore.storage.commits import check_features, commit, commit_over_damage
 from knnstore.storage.manifest import Manifest, Operation, SegmentRecord
 from knnstore.storage.parse import read_small
 from knnstore.storage.rows import RangeSet, as_ranges, complement, contains, intersect, subtract
@@ -67,11 +68,7 @@ def restore(path: str | Path, snapshot: int | str) -> Manifest:
     store = StoreFolder(Path(path))
     earlier, pin = open_snapshot(store, snapshot)
     try:
-        unknown = sorted(set(earlier.writer_features) - WRITER_FEATURES)
-        if unknown:
-            raise FormatError(
-                f"{store.path}: snapshot {earlier.snapshot} needs {', '.join(unknown)}, unknown here. Install a newer knnstore."
-            )
+        check_features(store, earlier)
         _check_files(store, earlier)
 
         def build(number: int, parent: tuple[int, str] | None, current: Manifest | None) -> Manifest:

@@ -1,36 +1,29 @@
 """What a datastore is: its documents, sizes and settings, as `info` and `snapshots` show them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from knnstore.errors import NotFoundError
+from knnstore.filters import live_documents_of
 from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, IDS_FILE, KEYS_FILE, LISTS_FILE, VALUES_FILE
 from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
 from knnstore.storage.contexts import DocumentRecord
-from knnstore.storage.manifest import Calibration, Manifest
-from knnstore.storage.rows import contains, count, subtract
+from knnstore.storage.manifest import Calibration, Manifest, SegmentRecord
+from knnstore.storage.rows import count, subtract
 from knnstore.storage.segment import Segment
 from knnstore.storage.tags import list_tags
 
-__all__ = ["calibration_fields", "live_documents", "live_hashes", "snapshot_list", "store_info"]
+__all__ = ["calibration_fields", "domain_counts", "live_documents", "live_hashes", "snapshot_list", "store_info"]
 
 
 def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
     """Each document with live rows once: id, domain, source, entries, metadata."""
     parts: dict[tuple[str, str], list[DocumentRecord]] = {}
     for segment in segments:
-        dead = segment.record.dead_ranges()
-        runs = iter(segment.record.runs)
-        domain, _, stop = next(runs)
-        for record in segment.contexts.documents():
-            while record.first_row >= stop:
-                domain, _, stop = next(runs)
-            if contains(dead, np.array([record.first_row]))[0]:
-                continue
+        for domain, record in live_documents_of(segment):
             known = [*parts.pop((domain, record.id), []), record]
             n_parts = next((part.part + 1 for part in known if part.last), 0)
             if len(known) != n_parts:  # segments that were joined may hold later parts before earlier ones
@@ -43,14 +36,20 @@ def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
 def live_hashes(segments: Sequence[Segment], domain: str) -> Iterator[tuple[str, str | None]]:
     """Id and content hash of each document of a domain with live rows."""
     for segment in segments:
-        dead = segment.record.dead_ranges()
-        of_domain = segment.record.domain_ranges(domain)
-        if not count(subtract(of_domain, dead)):
-            continue
-        for record in segment.contexts.documents():
-            row = np.array([record.first_row])
-            if record.last and contains(of_domain, row)[0] and not contains(dead, row)[0]:
-                yield record.id, record.content_hash
+        if any(of_domain == domain for of_domain, _, _ in segment.record.runs):
+            for of_domain, record in live_documents_of(segment):
+                if record.last and of_domain == domain:
+                    yield record.id, record.content_hash
+
+
+def domain_counts(records: Sequence[SegmentRecord]) -> dict[str, int]:
+    """Live entries of each domain."""
+    entries: Counter[str] = Counter()
+    for record in records:
+        dead = record.dead_ranges()
+        for domain in {name for name, _, _ in record.runs}:
+            entries[domain] += count(subtract(record.domain_ranges(domain), dead))
+    return dict(entries)
 
 
 def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -59,7 +58,8 @@ def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
     sizes = {part: sum(segment.content.size_of(name) for segment in manifest.segments for name in names) for part, names in parts.items()}
     files = [file for space in manifest.spaces for file in space.files] + [file for coarse in manifest.coarse for file in coarse.files]
     centroids = sum(file.size for file in files)
-    n_entries = sum(segment.n_live() for segment in manifest.segments)
+    entries = domain_counts(manifest.segments)
+    n_entries = sum(entries.values())
     total = sum(sizes.values()) + centroids
     without_keys = total - sizes["keys"]
     return {
@@ -69,9 +69,7 @@ def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
         "time": manifest.time,
         "entries": n_entries,
         "documents": sum(manifest.documents.values()),
-        "domains": {
-            domain: {"entries": _domain_entries(manifest, domain), "documents": n} for domain, n in sorted(manifest.documents.items())
-        },
+        "domains": {domain: {"entries": entries.get(domain, 0), "documents": n} for domain, n in sorted(manifest.documents.items())},
         "segments": len(manifest.segments),
         "spaces": [
             {
@@ -92,10 +90,6 @@ def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
         "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
         "calibration": calibration_fields(manifest.calibration),
     }
-
-
-def _domain_entries(manifest: Manifest, domain: str) -> int:
-    return sum(count(subtract(segment.domain_ranges(domain), segment.dead_ranges())) for segment in manifest.segments)
 
 
 def _windows(manifest: Manifest) -> dict[str, Any] | None:

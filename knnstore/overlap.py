@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from knnstore.changes import check_features
 from knnstore.errors import CheckpointMismatchError, ExistsError, InvalidArgumentError
-from knnstore.filters import document_domain
+from knnstore.filters import document_domain, live_with_ids
 from knnstore.storage.catalog import StoreFolder, open_snapshot
+from knnstore.storage.commits import check_features
 from knnstore.storage.manifest import Manifest, SegmentRecord
-from knnstore.storage.rows import RangeSet, as_ranges, complement, contains, subtract
+from knnstore.storage.rows import RangeSet, as_ranges, complement, subtract
 from knnstore.storage.segment import Segment, open_segments
 
 __all__ = ["CHOICES", "Plan", "Source", "check_alike", "open_source"]
@@ -190,16 +190,13 @@ def _repeated(sources: Sequence[Source]) -> dict[tuple[str, str], list[_Occurren
         unique, counts = np.unique(hashes, return_counts=True)
         several = unique[counts > 1]
         found: dict[tuple[str, str], dict[tuple[int, str], _Occurrence]] = {}
-        for number, segment, table in tables:
-            for first_row in table[np.isin(table[:, 0], several), 1].tolist():
-                if contains(segment.record.dead_ranges(), np.array([first_row]))[0]:
-                    continue
-                record = segment.contexts.document_at(int(first_row))
-                domain = document_domain(segment.record, first_row)
+        for number, segment, _ in tables:
+            original = _original(sources[number], segment.content.uuid)
+            for domain, record in live_with_ids(segment, several):
+                of_store = document_domain(original, record.first_row)
                 of_key = found.setdefault((domain, record.id), {})
-                of_store = document_domain(_original(sources[number], segment.content.uuid), first_row)
                 item = of_key.setdefault((number, of_store), _Occurrence(number))
-                item.rows.append((segment.content.uuid, first_row, first_row + record.n_entries))
+                item.rows.append((segment.content.uuid, record.first_row, record.first_row + record.n_entries))
                 item.content_hash = record.content_hash or item.content_hash
         return {key: list(items.values()) for key, items in found.items() if len(items) > 1}
 

@@ -12,12 +12,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from knnstore.errors import DamageError, FormatError, StorageError
-from knnstore.format import COARSE, SEGMENTS, SPACES, TAGS, WRITER_FEATURES
+from knnstore.errors import DamageError, StorageError
+from knnstore.format import COARSE, SEGMENTS, SPACES, TAGS
 from knnstore.progress import SILENT, Progress
 from knnstore.quarantine import Losses, LostDocument, Moved, Quarantine, unfinished_losses
 from knnstore.salvage import documents_beside, find_damage, salvage
-from knnstore.storage.catalog import StoreFolder, folders_of, identity_bytes, list_manifests, now, write_snapshot
+from knnstore.storage.catalog import StoreFolder, folders_of, identity_bytes, list_manifests, now
+from knnstore.storage.commits import check_features, write_snapshot
 from knnstore.storage.files import disk, hold_lock, replace_file, sha256_file, unless_held
 from knnstore.storage.jobs import moved_by
 from knnstore.storage.manifest import Manifest, Operation
@@ -130,8 +131,7 @@ class _Repair:
                 )
         self._salvage = salvage(store, examination, self._damage)
         base = self._base = self._salvage.base
-        if unknown := sorted(set(base.writer_features) - WRITER_FEATURES):
-            raise FormatError(f"{store.path}: changing it needs {', '.join(unknown)}, unknown here. Install a newer knnstore.")
+        check_features(store, base)
         catalog = examination.catalog
         named = 0 if catalog.current is None else catalog.current[0]
         counts = catalog.believed and named == base.snapshot and base.snapshot not in self._damage.contradicted

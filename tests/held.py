@@ -11,7 +11,8 @@ from living import Drawn, Key, batches, check_answers, check_contents, draw
 
 import knnstore
 from knnstore.storage import files
-from knnstore.storage.catalog import StoreFolder, commit, open_snapshot
+from knnstore.storage.catalog import StoreFolder, open_snapshot
+from knnstore.storage.commits import commit
 from knnstore.storage.manifest import Manifest, Operation
 
 QUERIES = draw("queries", n=3).keys

@@ -1,4 +1,4 @@
-"""Snapshots: a commit is there or not, whatever happens on the way; what is opened, what is refused, what is kept."""
+"""Snapshots: what is opened, what is refused, what is kept."""
 
 import contextlib
 import dataclasses
@@ -9,128 +9,20 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import PowerCut, build_segment, create_store, draw_keys, draw_values, trained_space
+from committed import DIM, KEYS, commit_next, entries_at, make
+from stores import create_store, draw_keys, draw_values
 
 import knnstore
-from knnstore.errors import ConflictError, DamageError, ExistsError, FormatError, KnnstoreError, LockedError, NotFoundError, StorageError
-from knnstore.format import Codec
+from knnstore.errors import ConflictError, DamageError, ExistsError, FormatError, LockedError, NotFoundError, StorageError
 from knnstore.storage import catalog, files
-from knnstore.storage.catalog import StoreFolder, commit, list_manifests, open_snapshot
-from knnstore.storage.files import disk, hold_lock
+from knnstore.storage.catalog import StoreFolder, open_snapshot
+from knnstore.storage.files import disk
 from knnstore.storage.jobs import job_name, run_job
-from knnstore.storage.manifest import Manifest, Operation
 from knnstore.storage.manifest_json import canonical, manifest_bytes
-
-DIM = 4
-KEYS, VALUES = draw_keys(0, 30, DIM), draw_values(0, 30)
-
-
-def make(path: Path) -> Manifest:
-    return create_store(path, KEYS, VALUES)
-
-
-def commit_next(path: Path, base: Manifest, *, name: str = "append") -> Manifest:
-    """One more segment of 10 entries, as an append will make it: built in staging, then committed."""
-    store = StoreFolder(path)
-    job = store.staging / name
-    disk.make_folder(job)
-    segment = build_segment(job, draw_keys(1, 10, DIM), draw_values(1, 10), space=trained_space(Codec.RAW, DIM))
-    staged = (segment.folder, store.segment(segment.folder.name))
-
-    def build(number: int, parent: tuple[int, str] | None, current: Manifest | None) -> Manifest:
-        if current is None or current.snapshot != base.snapshot:
-            raise ConflictError(f"built on snapshot {base.snapshot}")
-        return dataclasses.replace(
-            base,
-            snapshot=number,
-            parent=parent,
-            operation=Operation(name=name, arguments={}, counts={}),
-            segments=(*base.segments, segment.record),
-        )
-
-    return commit(store, build, staged=[staged])
-
-
-def entries_at(path: Path) -> int:
-    """How many entries a search of the newest snapshot finds, all of them in place and sound."""
-    with knnstore.open(path) as store:
-        found = store.search(KEYS[:1], k=1_000)
-        assert int(found.n_found[0]) == len(store)
-        for segment in store.segments:
-            n = segment.content.entries
-            assert len(segment.values.rows(0, n)) == n
-            assert sum(document.n_entries for document in segment.contexts.documents()) == n
-        return len(store)
-
-
-@pytest.mark.parametrize("names", [True, False], ids=["names-lost", "names-kept"])
-def test_creation_is_whole_or_not_there_wherever_the_power_is_cut(tmp_path, monkeypatch, names):
-    """Cut before each call to the disk, with what was not synced lost: the store is not there, or all of it is.
-
-    The same command makes it then, unless it was done.
-    """
-    whole = PowerCut(1 << 30)
-    path = tmp_path / "whole" / "s.knn"
-    path.parent.mkdir()
-    with whole.on(monkeypatch):
-        make(path)
-    whole.lose(names=names)
-    assert entries_at(path) == 30  # it had said that it was done
-    outcomes = set()
-    for at in range(whole.n_calls):
-        path = tmp_path / str(at) / "s.knn"
-        path.parent.mkdir()
-        cut = PowerCut(at)
-        with cut.on(monkeypatch), pytest.raises(StorageError, match="the power is cut"):
-            make(path)
-        cut.lose(names=names)
-        try:
-            assert entries_at(path) == 30
-            outcomes.add("after")
-            with pytest.raises(ExistsError):
-                make(path)
-        except NotFoundError:
-            outcomes.add("before")
-            with PowerCut(1 << 30).on(monkeypatch):
-                make(path)
-            assert entries_at(path) == 30
-    assert outcomes == {"before", "after"}
-
-
-@pytest.mark.parametrize("names", [True, False], ids=["names-lost", "names-kept"])
-def test_a_commit_is_whole_or_not_there_wherever_the_power_is_cut(tmp_path, monkeypatch, names):
-    """The store is at snapshot 1 or at snapshot 2, with all entries of that snapshot; the next commit works either way."""
-    first = tmp_path / "first.knn"
-    base = make(first)
-    whole = PowerCut(1 << 30)
-    with whole.on(monkeypatch):
-        path = Path(shutil.copytree(first, tmp_path / "whole.knn"))
-        commit_next(path, base)
-    whole.lose(names=names)
-    assert entries_at(path) == 40
-    outcomes = set()
-    for at in range(whole.n_calls):
-        path = Path(shutil.copytree(first, tmp_path / f"{at}.knn"))
-        cut = PowerCut(at)
-        with cut.on(monkeypatch), pytest.raises(StorageError, match="the power is cut"):
-            commit_next(path, base)
-        cut.lose(names=names)
-        n_entries = entries_at(path)
-        outcomes.add(n_entries)
-        with knnstore.open(path) as store:
-            assert store.snapshot == {30: 1, 40: 2}[n_entries]
-            next_manifest = commit_next(path, store.manifest, name="again")
-        assert next_manifest.snapshot == {30: 2, 40: 3}[n_entries]
-        assert list_manifests(StoreFolder(path)) == list(range(1, next_manifest.snapshot + 1))
-        assert entries_at(path) == n_entries + 10
-    # The last call is the sync that makes CURRENT's new name last: cut before it, the name may be lost or not.
-    assert outcomes == ({30} if names else {30, 40})
 
 
 def test_a_snapshot_stays_as_it_was(tmp_path):
@@ -145,53 +37,6 @@ def test_a_snapshot_stays_as_it_was(tmp_path):
     assert second.parent == (1, hashlib.sha256(raw).hexdigest())
     with knnstore.open(path, snapshot=1) as old:
         assert (old.snapshot, len(old)) == (1, 30)
-
-
-def test_the_second_of_two_commits_on_one_snapshot_is_refused(tmp_path):
-    """It names the other commit, and changes nothing."""
-    path = tmp_path / "s.knn"
-    base = make(path)
-    commit_next(path, base, name="delete")
-    with pytest.raises(ConflictError, match="built on snapshot 1"):
-        commit_next(path, base)
-    assert entries_at(path) == 40
-    assert list_manifests(StoreFolder(path)) == [1, 2]
-
-
-def test_commits_wait_for_each_other(tmp_path):
-    """LOCK is held while one is made: another waits, and then finds the store as the first left it."""
-    path = tmp_path / "s.knn"
-    base = make(path)
-    outcome: list[object] = []
-
-    def second() -> None:
-        try:
-            outcome.append(commit_next(path, base))
-        except KnnstoreError as error:
-            outcome.append(error)
-
-    with hold_lock(path / "LOCK", purpose="testing", wait=False):
-        assert (path / "LOCK").read_text() == f"{os.getpid()}\n"
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(0.2)
-        assert thread.is_alive()
-    thread.join()
-    assert isinstance(outcome[0], Manifest)
-
-
-def test_a_commit_on_unknown_features_is_refused(tmp_path):
-    """A snapshot that asks writers for more than this version knows can be read, and not built on."""
-    path = tmp_path / "s.knn"
-    base = make(path)
-    later = dataclasses.replace(base, snapshot=2, writer_features=("journaled",))
-    raw = manifest_bytes(later)
-    (path / "manifests" / "2.json").write_bytes(raw)
-    (path / "CURRENT").write_text(f"2 {hashlib.sha256(raw).hexdigest()}\n")
-    with knnstore.open(path) as store:
-        assert len(store) == 30
-        with pytest.raises(FormatError, match="needs journaled"):
-            commit_next(path, store.manifest)
 
 
 def test_an_open_snapshot_is_pinned(tmp_path):
@@ -344,7 +189,8 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 from knnstore.errors import StorageError
-from knnstore.storage.catalog import StoreFolder, commit
+from knnstore.storage.catalog import StoreFolder
+from knnstore.storage.commits import commit
 from knnstore.store import open_store
 os.setgid(65534)
 os.setuid(65534)  # the store is another user's from here on

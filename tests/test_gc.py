@@ -16,7 +16,8 @@ import knnstore
 from knnstore.build import space_record
 from knnstore.errors import DamageError, FormatError, InvalidArgumentError, NotFoundError, StorageError
 from knnstore.format import Codec
-from knnstore.storage.catalog import StoreFolder, commit, list_manifests, open_snapshot
+from knnstore.storage.catalog import StoreFolder, list_manifests, open_snapshot
+from knnstore.storage.commits import commit
 from knnstore.storage.manifest import Manifest, SpaceRecord
 from knnstore.storage.manifest_json import manifest_bytes
 from knnstore.storage.space import save_space

@@ -15,7 +15,8 @@ from verified import Told, assert_clean, make, problems_of
 
 import knnstore
 from knnstore.errors import FormatError
-from knnstore.storage.catalog import StoreFolder, commit, open_snapshot
+from knnstore.storage.catalog import StoreFolder, open_snapshot
+from knnstore.storage.commits import commit
 from knnstore.storage.manifest import Manifest
 from knnstore.storage.manifest_json import manifest_bytes
 

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knnstore import filters
-from knnstore.errors import CheckpointMismatchError, InvalidArgumentError, ModelError
+from knnstore.errors import InvalidArgumentError, ModelError
 from knnstore.lm.checkpoint import check_same_checkpoint
 from knnstore.lm.distribution import check_lambda, check_temperature, knn_log_probs, log_softmax, mix, neighbor_weights
 from knnstore.lm.embed import right_padded
 from knnstore.lm.keys import KeyExtractor
-from knnstore.lm.models import DEFAULT_MODEL, LanguageModel, load_language_model
+from knnstore.lm.models import LanguageModel
+from knnstore.lm.opening import check_width, computed_dtype, load_model_of
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.neighbors import Neighbors
 from knnstore.search import check_breadth
@@ -123,23 +124,13 @@ class KnnLM:
         """
         store = store if isinstance(store, Datastore) else open_store(store)
         settings = _settings(store, k=k, nprobe=nprobe, lmbda=lmbda, temperature=temperature, domains=domains, exclude=exclude, exact=exact)
-        built = store.manifest.checkpoint
-        computed = next((record.content.dtype for record in store.manifest.segments if record.content.dtype is not None), None)
-        if model is None:
-            model = None if built.name == DEFAULT_MODEL else built.name
-            revision = revision or built.revision
-        if dtype is None and (model is None or isinstance(model, str | Path)):
-            dtype = computed  # a model in memory is the caller's: it stays as it is
-        loaded = load_language_model(
-            model, tokenizer=tokenizer, revision=revision, token=token, cache_dir=cache_dir, device=device, dtype=dtype
+        base, computed = store.manifest, computed_dtype(store.manifest)
+        loaded = load_model_of(
+            base, model=model, dtype=dtype, revision=revision, tokenizer=tokenizer, token=token, cache_dir=cache_dir, device=device
         )
-        check_same_checkpoint(built, loaded.checkpoint, at=str(store.path), allow_model_mismatch=allow_model_mismatch)
-        extractor = KeyExtractor(loaded.model, store.manifest.key.layer)
-        if extractor.key.dim != store.dim:
-            raise CheckpointMismatchError(
-                f"{store.path}: its keys have {store.dim} dimensions, layer {extractor.key.layer} of this model has {extractor.key.dim}. "
-                "Load the model it was built with, or create a datastore for this one."
-            )
+        check_same_checkpoint(base.checkpoint, loaded.checkpoint, at=str(store.path), allow_model_mismatch=allow_model_mismatch)
+        extractor = KeyExtractor(loaded.model, base.key.layer)
+        check_width(store.path, base, extractor)
         if computed is not None and str(loaded.dtype) != f"torch.{computed}":
             warnings.warn(
                 f"{store.path}: its keys were computed in {computed}, this model runs in {str(loaded.dtype).removeprefix('torch.')}; "

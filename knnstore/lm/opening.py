@@ -1,4 +1,4 @@
-"""The model of a datastore, for commands that add keys to it."""
+"""The model of a datastore: the one it names, or the one given if it is the same checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from knnstore.errors import CheckpointMismatchError, ModelError
 from knnstore.lm.checkpoint import check_same_checkpoint
 from knnstore.lm.embed import Embedder
+from knnstore.lm.keys import KeyExtractor
 from knnstore.lm.models import DEFAULT_MODEL, LanguageModel, load_language_model
 from knnstore.progress import Progress
 from knnstore.storage.manifest import Manifest
@@ -13,7 +14,7 @@ from knnstore.storage.manifest import Manifest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["open_embedder"]
+__all__ = ["check_width", "computed_dtype", "load_model_of", "open_embedder"]
 
 
 def open_embedder(
@@ -33,21 +34,17 @@ def open_embedder(
     CheckpointMismatchError.
     """
     with progress.stage("loading the model", total=None, unit="models") as stage:
-        loaded = _load(base, model=model, dtype=dtype, revision=revision, **options)
+        loaded = load_model_of(base, model=model, dtype=dtype, revision=revision, **options)
         stage.advance(1)
     if loaded.tokenizer is None:
         raise ModelError(f"{loaded.checkpoint.name}: it came without a tokenizer. Give one with tokenizer=.")
     check_same_checkpoint(base.checkpoint, loaded.checkpoint, at=str(path), allow_model_mismatch=allow_model_mismatch)
     embedder = Embedder(loaded, base.key.layer)
-    if embedder.extractor.key.dim != base.key.dim:
-        raise CheckpointMismatchError(
-            f"{path}: its keys have {base.key.dim} dimensions, layer {base.key.layer} of this model has {embedder.extractor.key.dim}. "
-            "Use the model it was built with."
-        )
+    check_width(path, base, embedder.extractor)
     return embedder
 
 
-def _load(
+def load_model_of(
     base: Manifest,
     *,
     model: "str | Path | PreTrainedModel | LanguageModel | None",
@@ -55,10 +52,25 @@ def _load(
     revision: str | None,
     **options: Any,
 ) -> LanguageModel:
+    """The model given, or the one that a store names. dtype: None for `computed_dtype`, or what a model in memory has."""
     built = base.checkpoint
     if model is None:
         model = None if built.name == DEFAULT_MODEL else built.name
         revision = revision or built.revision
     if dtype is None and (model is None or isinstance(model, str | Path)):
-        dtype = next((record.content.dtype for record in reversed(base.segments) if record.content.dtype is not None), None)
+        dtype = computed_dtype(base)  # a model in memory is the caller's: it stays as it is
     return load_language_model(model, revision=revision, dtype=dtype, **options)
+
+
+def computed_dtype(base: Manifest) -> str | None:
+    """What the newest keys of a store were computed in, where a model gave them."""
+    return next((record.content.dtype for record in reversed(base.segments) if record.content.dtype is not None), None)
+
+
+def check_width(path: str | Path, base: Manifest, extractor: KeyExtractor) -> None:
+    """Raises CheckpointMismatchError where a model's keys have another width than the store's."""
+    if extractor.key.dim != base.key.dim:
+        raise CheckpointMismatchError(
+            f"{path}: its keys have {base.key.dim} dimensions, layer {extractor.key.layer} of this model has {extractor.key.dim}. "
+            "Load the model it was built with, or create a datastore for this one."
+        )

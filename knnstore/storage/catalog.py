@@ -1,4 +1,4 @@
-"""Snapshots: how one is opened and pinned, and how a new one is committed.
+"""Snapshots: how one is found, opened and pinned. How a new one is committed is in `commits`.
 
 `CURRENT` names the newest manifest and its sha256; replacing it is the commit. A reader holds a shared flock on the manifest
 it opened, so that nothing the snapshot needs is removed under it. Nothing is replayed when a store is opened.
@@ -9,8 +9,7 @@ import fcntl
 import hashlib
 import os
 import re
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +20,6 @@ from knnstore.format import (
     CURRENT_FILE,
     FORMAT_VERSION,
     LOCK_FILE,
-    MANIFEST_MAX,
     MANIFESTS,
     MOVES_FILE,
     SEGMENTS,
@@ -29,27 +27,27 @@ from knnstore.format import (
     STAGING,
     STORE_FILE,
     TAGS,
-    WRITER_FEATURES,
 )
-from knnstore.storage.files import disk, hold_lock, replace_file, sha256_file, write_file
+from knnstore.storage.files import sha256_file
 from knnstore.storage.manifest import FileRecord, Manifest
-from knnstore.storage.manifest_json import SNAPSHOT_MAX, canonical, manifest_bytes, parse_manifest
+from knnstore.storage.manifest_json import canonical, parse_manifest
 from knnstore.storage.parse import NOT_PLAIN, parse_hex, parse_json_bytes, parse_object, parse_size, read_small
 from knnstore.storage.tags import TAG_PREFIX, list_tags, resolve
 
 __all__ = [
     "Pin",
     "StoreFolder",
-    "commit",
-    "commit_over_damage",
     "file_records",
     "folders_of",
+    "identity_bytes",
     "list_manifests",
     "newest_sound_snapshot",
     "now",
     "open_snapshot",
     "read_current",
+    "read_identity",
     "read_manifest",
+    "read_newest",
 ]
 
 _CURRENT = re.compile(rb"([1-9][0-9]{0,17}) ([0-9a-f]{64})\n")
@@ -122,18 +120,6 @@ def now() -> str:
 def identity_bytes(store_uuid: str) -> bytes:
     """The content of the file KNNSTORE."""
     return canonical({"format": FORMAT_VERSION, "magic": "knnstore", "uuid": store_uuid})
-
-
-def lay_foundation(store: StoreFolder) -> str:
-    """Makes the folders and the identity of a new store; where that was begun before, takes it up. Returns the store's uuid."""
-    disk.make_folder(store.path)
-    disk.sync_folder(store.path.absolute().parent)
-    if not store.identity.exists():
-        replace_file(store.identity, identity_bytes(uuid.uuid4().hex))
-    for name in (MANIFESTS, SPACES, COARSE, SEGMENTS, TAGS, STAGING):
-        disk.make_folder(store.path / name)
-    disk.sync_folder(store.path)
-    return read_identity(store)
 
 
 def read_identity(store: StoreFolder) -> str:
@@ -238,7 +224,7 @@ def read_manifest(store: StoreFolder, number: int, sha256: str | None = None) ->
     return manifest
 
 
-def _read_newest(store: StoreFolder, number: int, sha256: str) -> Manifest:
+def read_newest(store: StoreFolder, number: int, sha256: str) -> Manifest:
     """The manifest that CURRENT names. Raises DamageError also where it is missing, FormatError."""
     try:
         return read_manifest(store, number, sha256)
@@ -335,87 +321,3 @@ def file_records(folder: Path) -> tuple[FileRecord, ...]:
         size, sha256 = sha256_file(path)
         records.append(FileRecord(name=path.name, size=size, sha256=sha256))
     return tuple(records)
-
-
-def commit(
-    store: StoreFolder,
-    build: Callable[[int, tuple[int, str] | None, Manifest | None], Manifest],
-    *,
-    staged: Iterable[tuple[Path, Path]] = (),
-) -> Manifest:
-    """Makes one snapshot of what was staged: durable and visible, or not at all.
-
-    build: (number, its parent's number and sha256, the newest snapshot or None) → the manifest; called while nobody else commits, and
-    free to raise ConflictError. staged: (from, to) folders whose content is synced already; one that is at its place already stays.
-    Raises FormatError where the newest snapshot has features unknown here, StorageError where the disk fails (the store is then as
-    before, or, if it failed in the last step, as after).
-    """
-    with hold_lock(store.lock, purpose="committing to this store", wait=True):
-        parent = None
-        with contextlib.suppress(NotFoundError):
-            parent = read_current(store)
-        current = _read_newest(store, *parent) if parent else None  # nothing is built on a damaged one
-        unknown = sorted(set(current.writer_features) - WRITER_FEATURES) if current else []
-        if unknown:
-            raise FormatError(
-                f"{store.path}: changing it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one."
-            )
-        number = parent[0] if parent else 0
-        for dead in [n for n in list_manifests(store) if n > number]:
-            disk.remove(store.manifest(dead))  # an attempt that was cut off before it counted
-        manifest = build(number + 1, parent, current)
-        _place(staged)
-        write_snapshot(store, manifest)
-    return manifest
-
-
-def commit_over_damage(
-    store: StoreFolder, build: Callable[[int, tuple[int, str] | None, Manifest | None], Manifest], parent: tuple[int, str]
-) -> Manifest:
-    """As `commit`, where CURRENT or the manifest that it names is damaged: the new snapshot becomes the newest, and nothing is removed.
-
-    parent: number and sha256 of the manifest that it continues. Its number is above that of every manifest there is, since it is not
-    known which of them counted. Raises ConflictError where another command has put the store right meanwhile, StorageError.
-    """
-    with hold_lock(store.lock, purpose="committing to this store", wait=True):
-        numbers = [number for number in list_manifests(store) if number < SNAPSHOT_MAX]  # a file that is called so is no manifest
-        with contextlib.suppress(DamageError, NotFoundError):
-            current = read_current(store)
-            numbers += [current[0]] if current[0] < SNAPSHOT_MAX else []
-            _read_newest(store, *current)
-            raise ConflictError(
-                f"{store.path}: snapshot {current[0]} is whole; another command has restored it. Look at it, then try again."
-            )
-        manifest = build(max(numbers) + 1, parent, None)
-        write_snapshot(store, manifest)
-    return manifest
-
-
-def write_snapshot(store: StoreFolder, manifest: Manifest) -> None:
-    """A manifest, and CURRENT naming it: the commit itself. The caller holds LOCK, and what the manifest names is in its place."""
-    raw = manifest_bytes(manifest)
-    if len(raw) > MANIFEST_MAX:
-        raise InvalidArgumentError(
-            f"{store.path}: its manifest would have {len(raw)} bytes, {MANIFEST_MAX} are the most. `knnstore compact` takes the rows out "
-            "that are dead, which it lists."
-        )
-    target = store.manifest(manifest.snapshot)
-    temporary = target.with_suffix(".json.tmp")
-    write_file(temporary, raw)
-    disk.link(temporary, target)
-    disk.remove(temporary)
-    disk.sync_folder(store.manifests)
-    replace_file(store.current, f"{manifest.snapshot} {hashlib.sha256(raw).hexdigest()}\n".encode())
-
-
-def _place(staged: Iterable[tuple[Path, Path]]) -> None:
-    parents = set()
-    for source, target in staged:
-        if not target.parent.exists():  # empty folders are lost in some ways of copying
-            disk.make_folder(target.parent)
-            disk.sync_folder(target.parent.parent)
-        if not target.exists():
-            disk.rename(source, target)
-        parents.add(target.parent)
-    for parent in sorted(parents):
-        disk.sync_folder(parent)

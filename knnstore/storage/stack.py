@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knnstore.format import LISTS_FILE
 from knnstore.storage.blocks import faiss_packs_alike
 from knnstore.storage.lists import MEMBER_SHIFT, stacked_index
 from knnstore.storage.segment import Segment
@@ -95,7 +96,7 @@ def _groups(numbers: Sequence[int], segments: Sequence[Segment]) -> list[list[in
     alone, room = [], PASSENGER_BYTES
     for number in numbers[1:]:
         content = segments[number].content
-        size = content.size_of("lists.bin")
+        size = content.size_of(LISTS_FILE)
         if content.entries > PASSENGER_ENTRIES or size > PASSENGER_BYTES:
             alone.append([number])
             continue
