@@ -200,7 +200,7 @@ class _Collection:
         found = [store.path / f"{name}{_DOOMED}" for name in (CURRENT_FILE, STORE_FILE)]
         found += [path for path in _children(store.manifests) if path not in counted]
         found += [path for path in _children(store.path / TAGS) if tag_name(path) is None]
-        found += [path for path in _children(store.staging) if path.suffix == _DOOMED or not _is_folder(path)]
+        found += [path for path in _children(store.staging) if path.suffix == _DOOMED or _is_other(path)]
         found += [path for part in _PARTS for path in _children(store.path / part) if path.suffix == _DOOMED]
         found = [path for path in found if os.path.lexists(path)]
         for path in found:
@@ -296,6 +296,14 @@ def _children(folder: Path) -> list[Path]:
 def _is_folder(path: Path) -> bool:
     """Whether a path is a folder itself, and not a link to one: nothing is removed elsewhere."""
     return path.is_dir() and not path.is_symlink()
+
+
+def _is_other(path: Path) -> bool:
+    """Whether a path is there and no folder. The folder of a job that has just ended is not there, and may be again in the next moment."""
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _size(path: Path) -> int:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -316,6 +316,33 @@ def test_a_job_whose_folder_a_gc_removes_begins_again(path: Path, monkeypatch: p
         with pytest.raises(LockedError), run_job(store, JOB, ARGUMENTS):
             pass
     assert list(store.staging.iterdir()) == []
+
+
+def test_a_job_that_ends_and_begins_again_while_a_gc_lists_what_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is gone when the gc looks what it is, and there again, held, when the gc removes what does not belong."""
+    store = StoreFolder(path)
+    folder = store.staging / JOB
+    with ExitStack() as held:
+        ended = ExitStack()
+        ended.enter_context(run_job(store, JOB, ARGUMENTS))
+        look, moments = Path.stat, []
+
+        def look_late(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+            if self == folder and not moments:
+                moments.append("gone")
+                ended.close()
+            try:
+                return look(self, follow_symlinks=follow_symlinks)
+            finally:
+                if moments == ["gone"] and self == folder:
+                    moments.append("again")
+                    held.enter_context(run_job(store, JOB, ARGUMENTS))
+
+        monkeypatch.setattr(Path, "stat", look_late)
+        knnstore.gc(path, keep=3)
+        monkeypatch.undo()
+        assert moments == ["gone", "again"]
+        assert (folder / "job.json").exists()
 
 
 def test_jobs_and_gcs_side_by_side(path: Path) -> None:
