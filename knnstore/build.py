@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from knnstore.changes import Staged
 from knnstore.errors import DamageError, ExistsError, NotFoundError
 from knnstore.format import CODECS_BY_NAME, STORE_FILE, Codec
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.catalog import StoreFolder, file_records, list_manifests, read_current, read_manifest
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.coarse import SAMPLES_PER_LIST, Coarse, choose_nlist, load_coarse, save_coarse, train_coarse
@@ -22,7 +23,6 @@ from knnstore.storage.commits import lay_foundation
 from knnstore.storage.files import disk, hold_lock, write_file
 from knnstore.storage.jobs import JOB_FILE, MOVES_FILE, job_name, other_jobs, read_moves
 from knnstore.storage.manifest import (
-    Calibration,
     CoarseRecord,
     IndexOptions,
     Manifest,

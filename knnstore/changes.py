@@ -15,11 +15,12 @@ import numpy as np
 
 from knnstore.errors import ConflictError
 from knnstore.filters import live_records, live_with_ids
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.catalog import StoreFolder, now
 from knnstore.storage.commits import commit
 from knnstore.storage.files import replace_file
 from knnstore.storage.jobs import MOVES_FILE
-from knnstore.storage.manifest import Calibration, CoarseRecord, Manifest, Operation, SegmentRecord, SpaceRecord
+from knnstore.storage.manifest import CoarseRecord, Manifest, Operation, SegmentRecord, SpaceRecord
 from knnstore.storage.manifest_json import canonical
 from knnstore.storage.rows import RangeSet, as_ranges, contains, intersect, subtract
 from knnstore.storage.segment import Segment, open_segments
@@ -57,7 +58,7 @@ class Change:
     come to each domain. replaced: segments that go, as they were seen. places: uuid of one that goes → uuid of the one that comes where
     it was; others come last. dead: rows that die, by segment uuid, with `gone`, the documents they were, by domain. removes: documents
     that go, looked for when it is applied. checked: uuid → dead rows, then, of each segment in which the documents that come were
-    looked for. stale: whether the calibration is so afterwards in any case.
+    looked for. stale: whether the calibration is so afterwards in any case. calibration: one that takes the place of the store's.
     """
 
     operation: Operation
@@ -72,6 +73,7 @@ class Change:
     removes: Sequence[DocumentKey] = ()
     checked: Mapping[str, RangeSet] = field(default_factory=dict)
     stale: bool = False
+    calibration: Calibration | None = None
 
 
 def commit_change(store: StoreFolder, start: Manifest, change: Change, *, job: Path | None = None) -> Manifest:
@@ -145,7 +147,7 @@ class _Application:
             segments=segments,
             **self._index_of(segments),
             documents={domain: n for domain, n in sorted(documents.items()) if n},
-            calibration=_calibration(current.calibration, segments, stale=change.stale),
+            calibration=self._calibration(segments),
         )
 
     def _mark_dead(self, records: Mapping[str, SegmentRecord]) -> None:
@@ -240,6 +242,23 @@ class _Application:
                 kept.append(record)
         return (*kept, *come.values())
 
+    def _calibration(self, segments: Sequence[SegmentRecord]) -> Calibration | None:
+        """What was fitted stays; it is stale where there are spaces or domains now that it was not fitted on.
+
+        One that was fitted by this change is stale too where others made that of the store so meanwhile.
+        """
+        calibration, stale = self._current.calibration, self._change.stale
+        if self._change.calibration is not None:
+            stale = stale or (calibration is not None and calibration.status == "stale" and calibration != self._start.calibration)
+            calibration = self._change.calibration
+        if calibration is None or calibration.status == "default":
+            return calibration
+        spaces = {record.content.space for record in segments}
+        domains = {domain for record in segments for domain, _, _ in record.runs}
+        if stale or not spaces <= set(calibration.spaces) or not domains <= set(calibration.domains):
+            return replace(calibration, status="stale")
+        return calibration
+
     def _index_of(self, segments: Sequence[SegmentRecord]) -> dict[str, Any]:
         """Spaces and coarse quantizers that are used; of a store without entries the last space remains.
 
@@ -255,14 +274,3 @@ class _Application:
             "spaces": tuple(record for name, record in spaces.items() if name in used),
             "coarse": tuple(record for name, record in coarse.items() if name in lists),
         }
-
-
-def _calibration(calibration: Calibration | None, segments: Sequence[SegmentRecord], *, stale: bool) -> Calibration | None:
-    """What was fitted stays; it is stale where there are spaces or domains now that it was not fitted on."""
-    if calibration is None or calibration.status == "default":
-        return calibration
-    spaces = {record.content.space for record in segments}
-    domains = {domain for record in segments for domain, _, _ in record.runs}
-    if stale or not spaces <= set(calibration.spaces) or not domains <= set(calibration.domains):
-        return replace(calibration, status="stale")
-    return calibration

@@ -9,9 +9,10 @@ from typing import Any
 from knnstore.errors import NotFoundError
 from knnstore.filters import live_documents_of
 from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, IDS_FILE, KEYS_FILE, LISTS_FILE, VALUES_FILE
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
 from knnstore.storage.contexts import DocumentRecord
-from knnstore.storage.manifest import Calibration, Manifest, SegmentRecord
+from knnstore.storage.manifest import Manifest, SegmentRecord
 from knnstore.storage.rows import count, subtract
 from knnstore.storage.segment import Segment
 from knnstore.storage.tags import list_tags

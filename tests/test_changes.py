@@ -15,8 +15,9 @@ import knnstore
 from knnstore import deletion, settling
 from knnstore.changes import Change, commit_change
 from knnstore.errors import ConflictError, FormatError, NotFoundError
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.catalog import StoreFolder
-from knnstore.storage.manifest import Calibration, Operation
+from knnstore.storage.manifest import Operation
 
 Batch = tuple[object, object, object]
 

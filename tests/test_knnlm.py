@@ -62,7 +62,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory, model: LanguageModel) -> I
 
 def test_one_context_gives_rows_and_several_give_matrices(store, model):
     """(vocab,) for one, (n, vocab) for n; the ids are what the model saw."""
-    lm = KnnLM.load(store, model, k=50)
+    lm = KnnLM.load(store, model, k=50, **SHARED)
     one, several = lm.predict("Scrooge was"), lm.predict(["Scrooge was", "the"])
     assert one.p.shape == one.p_lm.shape == one.p_knn.shape == (400,)
     assert one.weights.shape == (50,)
@@ -93,14 +93,15 @@ def test_a_batch_gives_what_its_contexts_give_alone(store, model):
 @pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": 5_000}, {"exact": True}, {"lmbda": 0.0}, {"lmbda": 1.0}, {"temperature": 1e-9}])
 def test_each_distribution_sums_to_one(store, model, options):
     """p, p_LM and p_kNN over the vocabulary, at any k, λ and T; the weights are the shares of p_kNN."""
-    step = KnnLM.load(store, model, **options).predict(["Scrooge", "the of in", lms.book()[5_000:5_060]])
+    step = KnnLM.load(store, model, **{**SHARED, **options}).predict(["Scrooge", "the of in", lms.book()[5_000:5_060]])
     for p in (step.p, step.p_lm, step.p_knn):
         np.testing.assert_allclose(p.sum(axis=1), 1.0, atol=1e-9)
         assert (p >= 0).all()
     for i in range(3):
         shares = np.bincount(np.maximum(step.neighbors.values[i], 0), step.weights[i], minlength=400)
         np.testing.assert_allclose(shares, step.p_knn[i], atol=1e-9)
-    np.testing.assert_allclose(step.p, step.lmbda * step.p_knn + (1 - step.lmbda) * step.p_lm, atol=1e-9)
+    lmbda = step.lmbda[:, None]
+    np.testing.assert_allclose(step.p, lmbda * step.p_knn + (1 - lmbda) * step.p_lm, atol=1e-9)
 
 
 def test_only_the_last_tokens_of_a_context_are_looked_at(store, model):
@@ -139,7 +140,8 @@ def test_what_is_not_given_comes_from_the_calibration(store, model):
     given = {"k": 7, "nprobe": 3, "lmbda": 0.125, "temperature": 2.5}
 
     def settings(**options) -> tuple:
-        found = KnnLM.load(store, model, **options).settings
+        with warnings.catch_warnings(action="ignore"):  # that it was fitted for another k or nprobe: below
+            found = KnnLM.load(store, model, **options).settings
         return found.k, found.nprobe, found.lmbda, found.temperature
 
     assert settings() == fitted
@@ -147,6 +149,18 @@ def test_what_is_not_given_comes_from_the_calibration(store, model):
     for i, (name, value) in enumerate(given.items()):
         assert settings(**{name: value}) == (*fitted[:i], value, *fitted[i + 1 :])
     assert settings(lmbda=0, k=1)[2] == 0.0  # zero is a value, not nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"k": 7}, "k 1024, not 7"), ({"nprobe": 3}, "nprobe 32, not 3"), ({"k": 7, "nprobe": 3}, "k 1024.*nprobe 32, not 3")]
+)
+def test_a_search_that_the_calibration_was_not_fitted_for_says_so(store, model, options, said):
+    """Unless both λ and temperature are one's own. In a store of plain keys exact search is the same search."""
+    for given in ({}, {"lmbda": 0.5}, {"temperature": 5.0}):
+        with pytest.warns(UserWarning, match=f"fitted for {said}"):
+            KnnLM.load(store, model, **options, **given)
+    KnnLM.load(store, model, **options, **SHARED)
+    KnnLM.load(store, model, exact=True)
 
 
 def test_without_a_calibration_lambda_and_temperature_must_be_given(domains, model):

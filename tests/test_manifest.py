@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from knnstore.errors import DamageError, FormatError
 from knnstore.format import CODEC_NAMES, Codec
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
     SEED_MAX,
-    Calibration,
     CoarseRecord,
     FileRecord,
     IndexOptions,

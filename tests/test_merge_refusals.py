@@ -24,7 +24,7 @@ from knnstore.errors import (
     StorageError,
 )
 from knnstore.storage import files
-from knnstore.storage.manifest import Calibration
+from knnstore.storage.calibration import Calibration
 
 
 def renamed(drawn: Sequence[Drawn], name: str) -> list[Drawn]:

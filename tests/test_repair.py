@@ -16,7 +16,7 @@ from verified import make
 
 import knnstore
 from knnstore.errors import DamageError
-from knnstore.storage.manifest import Calibration
+from knnstore.storage.calibration import Calibration
 
 FILES = ("lists.bin", "lists.dir", "values.bin", "contexts.lmdb", "ids.bin", "segment.json")
 DAMAGES: dict[str, Callable[[Path], None]] = {

@@ -15,7 +15,7 @@ from knnstore.lm.distribution import knn_gold_log_probs, mix_gold
 from knnstore.lm.embed import Embedder, SegmentTokens, keys_and_gold
 from knnstore.progress import Progress, Stage
 from knnstore.search import check_keys, search
-from knnstore.storage.manifest import Calibration
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.segment import Segment
 
 __all__ = ["HeldOut", "calibrate", "fit"]

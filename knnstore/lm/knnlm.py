@@ -1,46 +1,35 @@
 """`KnnLM`: a language model with a datastore beside it. context → key → neighbours → distribution."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from knnstore import filters
 from knnstore.errors import InvalidArgumentError, ModelError
 from knnstore.lm.checkpoint import check_same_checkpoint
-from knnstore.lm.distribution import check_lambda, check_temperature, knn_log_probs, log_softmax, mix, neighbor_weights
 from knnstore.lm.embed import right_padded
 from knnstore.lm.keys import KeyExtractor
+from knnstore.lm.mixing import mix_gold_tokens, mix_logits
 from knnstore.lm.models import LanguageModel
 from knnstore.lm.opening import check_width, computed_dtype, load_model_of
+from knnstore.lm.scoring import score_documents
+from knnstore.lm.settings import Settings, settings_of
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.neighbors import Neighbors
-from knnstore.search import check_breadth
 from knnstore.store import Datastore, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["KnnLM", "Settings", "Step"]
+__all__ = ["KnnLM", "Score", "Step"]
 
 Contexts = str | Sequence[int] | NDArray[Any] | Sequence[str] | Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How neighbours are searched and mixed in."""
-
-    k: int
-    nprobe: int
-    lmbda: float
-    temperature: float
-    domains: filters.Domains | None
-    exclude: tuple[str | filters.RowRange, ...]
-    exact: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +37,14 @@ class Step:
     """The next token after one context, or after each of n.
 
     p_lm, p_knn, p: (vocab,), or (n, vocab) for a batch, float64, each summing to 1 (p_knn to 0 where there is no neighbour; p is
-    then p_lm). neighbors: (1, k) or (n, k). weights: (k,) or (n, k) float64, each neighbour's share of p_knn. ids: what the
-    model saw, one array for each context.
+    then p_lm). lmbda: a number, or (n,) float64: the weight of p_knn in p. neighbors: (1, k) or (n, k). weights: (k,) or (n, k)
+    float64, each neighbour's share of p_knn. ids: what the model saw, one array for each context.
     """
 
     p_lm: NDArray[np.float64]
     p_knn: NDArray[np.float64]
     p: NDArray[np.float64]
+    lmbda: float | NDArray[np.float64]
     weights: NDArray[np.float64]
     neighbors: Neighbors
     ids: tuple[NDArray[np.int64], ...]
@@ -69,12 +59,22 @@ class Step:
         return self.settings.nprobe
 
     @property
-    def lmbda(self) -> float:
-        return self.settings.lmbda
-
-    @property
     def temperature(self) -> float:
         return self.settings.temperature
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Score:
+    """How probable each token of a text is. ids: (n + 1,) int64, what the model saw; the rest is (n,) float64, of ids[1:].
+
+    log_p_lm, log_p_knn, log_p: natural logs; log_p_knn is -inf for a token that no neighbour has. lmbda: the weight of p_knn in p.
+    """
+
+    ids: NDArray[np.int64]
+    log_p_lm: NDArray[np.float64]
+    log_p_knn: NDArray[np.float64]
+    log_p: NDArray[np.float64]
+    lmbda: NDArray[np.float64]
 
 
 class KnnLM:
@@ -107,6 +107,9 @@ class KnnLM:
         domains: filters.Domains | None = None,
         exclude: Iterable[str | filters.RowRange] | None = None,
         exact: bool = False,
+        retrieval: str = "full",
+        min_knns: int | None = None,
+        threshold: float | None = None,
         device: str | None = None,
         dtype: str | None = None,
         allow_model_mismatch: bool = False,
@@ -117,13 +120,27 @@ class KnnLM:
     ) -> Self:
         """The datastore with its model: the one the manifest names, or the one given if it is the same checkpoint.
 
-        k, nprobe, lmbda, temperature: None for the calibration's. dtype: None for what the keys were computed in, or what a model in
+        k, nprobe, lmbda, temperature, domains: None for the calibration's; with a lmbda of one's own its gate is not used. retrieval:
+        `full` searches at every position, `pointers` follows the neighbours of the step before while min_knns of them are left,
+        `confident` searches where λ is expected to be threshold or more. dtype: None for what the keys were computed in, or what a model in
         memory has.
         Raises CheckpointMismatchError for another checkpoint (unless allowed, which warns), InvalidArgumentError for settings out
         of range or missing, NotFoundError, ModelError, DamageError.
         """
         store = store if isinstance(store, Datastore) else open_store(store)
-        settings = _settings(store, k=k, nprobe=nprobe, lmbda=lmbda, temperature=temperature, domains=domains, exclude=exclude, exact=exact)
+        settings = settings_of(
+            store,
+            k=k,
+            nprobe=nprobe,
+            lmbda=lmbda,
+            temperature=temperature,
+            domains=domains,
+            exclude=exclude,
+            exact=exact,
+            retrieval=retrieval,
+            min_knns=min_knns,
+            threshold=threshold,
+        )
         base, computed = store.manifest, computed_dtype(store.manifest)
         loaded = load_model_of(
             base, model=model, dtype=dtype, revision=revision, tokenizer=tokenizer, token=token, cache_dir=cache_dir, device=device
@@ -183,40 +200,53 @@ class KnnLM:
         single, inputs = self._inputs(contexts)
         keys, logits = self._last_positions(inputs)
         neighbors = self.search(keys)
-        settings, vocab_size = self.settings, self.language_model.vocab_size
-        log_p_lm = log_softmax(logits)
-        log_p_knn = knn_log_probs(
-            neighbors.distances,
-            neighbors.values,
-            vocab_size=vocab_size,
-            temperature=settings.temperature,
-            log_weights=neighbors.log_weights,
-        )
-        p_lm, p_knn, p = np.exp(log_p_lm), np.exp(log_p_knn), np.exp(mix(log_p_lm, log_p_knn, settings.lmbda))
-        weights = neighbor_weights(
-            neighbors.distances, neighbors.values, temperature=settings.temperature, log_weights=neighbors.log_weights
-        )
+        mixed = mix_logits(torch.from_numpy(logits), neighbors, self.settings, dtype=torch.float64)
+        p_lm, p = mixed.log_p_lm.exp().numpy(), mixed.log_p.exp().numpy()
+        p_knn = mixed.sums.dense(self.language_model.vocab_size)
         if single:
-            return Step(p_lm[0], p_knn[0], p[0], weights[0], neighbors, tuple(inputs), settings)
-        return Step(p_lm, p_knn, p, weights, neighbors, tuple(inputs), settings)
+            return Step(p_lm[0], p_knn[0], p[0], float(mixed.lmbda[0]), mixed.weights[0], neighbors, tuple(inputs), self.settings)
+        return Step(p_lm, p_knn, p, mixed.lmbda, mixed.weights, neighbors, tuple(inputs), self.settings)
+
+    def score(self, text: str | Sequence[int] | NDArray[Any]) -> Score:
+        """How probable each token of a text is, after those before it: with the LM alone, the neighbours alone, and both.
+
+        text: a text, or token ids (n,) as the model is to see them. Every token but the first is scored, in windows as the datastore's own
+        (its context, half of it new). Raises InvalidArgumentError for fewer than two tokens.
+        """
+        ids = self.check_ids(self.encode(text) if isinstance(text, str) else np.asarray(text))
+        if len(ids) < 2:
+            raise InvalidArgumentError("the text has fewer than two tokens, so there is nothing to predict. Give a longer one.")
+        stride = max(1, self.context // 2)
+        pieces = score_documents(
+            self.extractor, [ids], vocab_size=self.language_model.vocab_size, context=self.context, stride=stride, views=True
+        )
+        parts = []
+        for piece in pieces:
+            mixed = mix_gold_tokens(piece.gold, piece.log_p_lm, piece.view, self.search(piece.keys), self.settings)
+            parts.append((piece.log_p_lm, mixed.log_p_knn, mixed.log_p, mixed.lmbda))
+        return Score(ids, *(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def _inputs(self, contexts: Contexts) -> tuple[bool, list[NDArray[np.int64]]]:
         """Whether one context was given, and the ids of each."""
         if isinstance(contexts, str):
-            return True, [self._checked(self.encode(contexts))]
+            return True, [self._seen(self.encode(contexts))]
         items: list[Any] = list(contexts)
         if items and not isinstance(items[0], str) and np.ndim(items[0]) == 0:
-            return True, [self._checked(np.asarray(items))]
+            return True, [self._seen(np.asarray(items))]
         if not items:
             raise InvalidArgumentError("no context was given. Give a text, token ids, or a list of them.")
-        return False, [self._checked(self.encode(item) if isinstance(item, str) else np.asarray(item)) for item in items]
+        return False, [self._seen(self.encode(item) if isinstance(item, str) else np.asarray(item)) for item in items]
 
-    def _checked(self, ids: NDArray[Any]) -> NDArray[np.int64]:
+    def _seen(self, ids: NDArray[Any]) -> NDArray[np.int64]:
+        return self.check_ids(ids)[-self.context :]
+
+    def check_ids(self, ids: NDArray[Any]) -> NDArray[np.int64]:
+        """Token ids (n,) as int64. Raises InvalidArgumentError for no tokens, another shape, or ids outside the vocabulary."""
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise InvalidArgumentError(f"a context of shape {ids.shape} and type {ids.dtype}: give text, or a row of token ids.")
         if int(ids.min()) < 0 or int(ids.max()) >= self.language_model.vocab_size:
             raise InvalidArgumentError(f"token ids {ids.min()} to {ids.max()}: the vocabulary has {self.language_model.vocab_size}.")
-        return ids[-self.context :].astype(np.int64)
+        return ids.astype(np.int64)
 
     def _last_positions(self, inputs: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Keys (n, dim) and logits (n, vocab), float32, after each context. One pass for contexts of one length."""
@@ -230,44 +260,3 @@ class KnnLM:
             keys[rows] = found_keys[:, 0].float().cpu().numpy()
             logits[rows] = found_logits[:, 0].float().cpu().numpy()
         return keys, logits
-
-
-def _settings(
-    store: Datastore,
-    *,
-    k: int | None,
-    nprobe: int | None,
-    lmbda: float | None,
-    temperature: float | None,
-    domains: filters.Domains | None,
-    exclude: Iterable[str | filters.RowRange] | None,
-    exact: bool,
-) -> Settings:
-    """What is None comes from the calibration; T = 1 is measured to do harm, so there is no constant to fall back to.
-
-    What can be checked is checked here: a model may take long to load.
-    """
-    calibration = store.manifest.calibration
-    if lmbda is None or temperature is None:
-        if calibration is None:
-            raise InvalidArgumentError(f"{store.path}: it has no calibration, so λ and temperature must be given (lmbda=, temperature=).")
-        if calibration.status == "stale":
-            warnings.warn(f"{store.path}: it changed after λ and temperature were fitted; they may not fit it any more.", stacklevel=3)
-        lmbda = calibration.lmbda if lmbda is None else lmbda
-        temperature = calibration.temperature if temperature is None else temperature
-    defaults = calibration or store.manifest
-    k, nprobe = defaults.k if k is None else k, defaults.nprobe if nprobe is None else nprobe
-    check_breadth(k, nprobe)
-    filters.domain_weights(store.segments, domains)
-    if exact:
-        for segment in store.segments:
-            segment.check_exact()
-    return Settings(
-        k=k,
-        nprobe=nprobe,
-        lmbda=check_lambda(lmbda),
-        temperature=check_temperature(temperature),
-        domains=dict(domains) if isinstance(domains, Mapping) else domains,
-        exclude=(exclude,) if isinstance(exclude, str | filters.RowRange) else tuple(exclude or ()),
-        exact=exact,
-    )

@@ -5,12 +5,12 @@ from typing import Any
 
 from knnstore.errors import InvalidArgumentError
 from knnstore.format import ROTATIONS, SEGMENT_ENTRIES, Codec
+from knnstore.storage.calibration import Calibration
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.rows import RangeSet, as_ranges
 
 __all__ = [
     "SEED_MAX",
-    "Calibration",
     "CoarseRecord",
     "FileRecord",
     "IndexOptions",
@@ -149,27 +149,6 @@ class Operation:
     name: str
     arguments: dict[str, Any]
     counts: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Calibration:
-    """λ and temperature, and what they hold for.
-
-    temperature: in units of squared distance. status: `fresh`, `stale` (the store changed since) or `default` (too little text
-    to fit on). made_by: the command. tokens: how many it was fitted on. perplexity: {lm, knn, mixed} on those, or empty.
-    """
-
-    lmbda: float
-    temperature: float
-    k: int
-    nprobe: int
-    exact: bool
-    spaces: tuple[str, ...]
-    domains: tuple[str, ...]
-    status: str
-    made_by: str
-    tokens: int
-    perplexity: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

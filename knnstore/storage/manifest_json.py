@@ -27,10 +27,10 @@ from knnstore.format import (
     SPACE_FILE,
     VALUES_FILE,
 )
+from knnstore.storage.calibration import calibration_fields, parse_calibration
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
     SEED_MAX,
-    Calibration,
     CoarseRecord,
     FileRecord,
     IndexOptions,
@@ -66,7 +66,6 @@ SEGMENT_FILES = frozenset((LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FIL
 SNAPSHOT_MAX = 10**17  # ten times fewer than a file name has digits for: there is always a next one
 DIM_MAX = 1 << 20  # dimensions of a key
 DISTANCE_MAX = 3e38  # squared distances are float32
-CALIBRATION_STATES = ("fresh", "stale", "default")
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -132,9 +131,7 @@ def _manifest_fields(manifest: Manifest) -> dict[str, Any]:
         "windows": None if manifest.windows is None else _plain(manifest.windows),
     }
     if manifest.calibration is not None:
-        calibration = _plain(manifest.calibration)
-        calibration["lambda"] = calibration.pop("lmbda")
-        fields["calibration"] = calibration
+        fields["calibration"] = calibration_fields(manifest.calibration)
     return fields
 
 
@@ -178,7 +175,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
             _parse_segment(raw, f"{at}.segments[{i}]") for i, raw in enumerate(parse_list(fields["segments"], f"{at}.segments"))
         ),
         documents=_parse_documents(fields["documents"], f"{at}.documents"),
-        calibration=_parse_calibration(fields["calibration"], f"{at}.calibration"),
+        calibration=parse_calibration(fields["calibration"], f"{at}.calibration"),
         k=parse_size(defaults["k"], f"{at}.defaults.k"),
         nprobe=parse_size(defaults["nprobe"], f"{at}.defaults.nprobe"),
         reader_features=reader_features,
@@ -337,27 +334,4 @@ def _parse_segment(raw: object, at: str) -> SegmentRecord:
         runs=tuple(runs),
         dead=tuple(dead),
         sha256=parse_hex(fields["sha256"], f"{at}.sha256", 64),
-    )
-
-
-def _parse_calibration(raw: object, at: str) -> Calibration | None:
-    if raw is None:
-        return None
-    names = (
-        "domains", "exact", "k", "lambda", "made_by", "nprobe", "perplexity", "spaces", "status", "temperature", "tokens",
-    )  # fmt: skip
-    fields = parse_object(raw, at, required=names)
-    scores = parse_object(fields["perplexity"], f"{at}.perplexity", required=(), optional=("lm", "knn", "mixed"))
-    return Calibration(
-        lmbda=parse_number(fields["lambda"], f"{at}.lambda"),
-        temperature=parse_number(fields["temperature"], f"{at}.temperature"),
-        k=parse_size(fields["k"], f"{at}.k"),
-        nprobe=parse_size(fields["nprobe"], f"{at}.nprobe"),
-        exact=parse_flag(fields["exact"], f"{at}.exact"),
-        spaces=tuple(parse_hex(item, f"{at}.spaces", 32) for item in parse_list(fields["spaces"], f"{at}.spaces")),
-        domains=tuple(parse_text(item, f"{at}.domains") for item in parse_list(fields["domains"], f"{at}.domains")),
-        status=parse_word(fields["status"], f"{at}.status", CALIBRATION_STATES),
-        made_by=parse_text(fields["made_by"], f"{at}.made_by"),
-        tokens=parse_size(fields["tokens"], f"{at}.tokens"),
-        perplexity={name: parse_number(score, f"{at}.perplexity.{name}") for name, score in scores.items() if score is not None},
     )
