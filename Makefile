@@ -43,5 +43,5 @@ clean: ## Remove .venv and everything that was built
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,gguf]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,gguf,harness,plot]"
 	@touch $@

@@ -35,21 +35,21 @@ def demo(store: str | None, quiet: bool, as_json: bool) -> None:
     from .progress import shown_progress
 
     with _work_folder() as work, shown_progress(starting="loading the model", quiet=quiet) as progress:
-        from knnstore.lm.evaluate import perplexity
+        from knnstore.lm.evaluate import evaluate_text
 
         known, unknown = _sample_parts()
         with knnstore.create(store or work / "demo.knn", _as_corpus(known), domain="dickens", progress=progress) as built:
             lm = knnstore.KnnLM.load(built)
             queried = query_fields(lm, lm.predict(PROMPT), PROMPT, TOP)
-            evaluation = perplexity(lm, unknown, progress=progress)
+            evaluation = evaluate_text(lm, unknown, progress=progress)
             fields: dict[str, Any] = {
                 "store": built.info(),
                 "query": queried,
                 "perplexity": {
                     "tokens": evaluation.tokens,
-                    "without": evaluation.lm,
-                    "with": evaluation.mixed,
-                    "gain_percent": 100.0 * (1.0 - evaluation.mixed / evaluation.lm),
+                    "without": evaluation.perplexity["lm"],
+                    "with": evaluation.perplexity["mixed"],
+                    "gain_percent": 100.0 * (1.0 - evaluation.perplexity["mixed"] / evaluation.perplexity["lm"]),
                     "helped": evaluation.helped,
                 },
             }

@@ -12,12 +12,15 @@ from .completion import completion
 from .create import create
 from .delete import delete
 from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
 from .history import diff, gc, restore, tag
 from .inspection import info, repair, snapshots, verify
 from .merge import merge
 from .options import write_example
 from .query import query
 from .reporting import watched
+from .tune import tune
 
 __all__ = ["cli"]
 
@@ -54,5 +57,25 @@ def cli() -> None:
     """
 
 
-for command in (create, append, merge, query, delete, compact, info, verify, repair, snapshots, tag, restore, diff, gc, demo, completion):
+for command in (
+    create,
+    append,
+    merge,
+    query,
+    generate,
+    tune,
+    evaluate,
+    delete,
+    compact,
+    info,
+    verify,
+    repair,
+    snapshots,
+    tag,
+    restore,
+    diff,
+    gc,
+    demo,
+    completion,
+):
     cli.add_command(command)

@@ -18,6 +18,8 @@ __all__ = [
     "quiet_option",
     "read_snapshot",
     "read_text",
+    "retrieval_options",
+    "search_options",
     "snapshot_option",
     "store_option",
     "write_example",
@@ -28,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_STORE = "store.knn"
 STORE_VARIABLE = "KNNSTORE"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+RETRIEVALS = ("full", "pointers", "confident")
 
 
 class ExampleCommand(click.Command):
@@ -80,16 +83,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress and no notes; warnings and errors remain.")
 
 
-def model_options(*, model: str, dtype: str) -> Callable[[F], F]:
-    """--model and what goes with loading it. model, dtype: what their defaults are, in words."""
-    options = (
-        click.option("--model", "-m", metavar="MODEL", help=f"A hub name, a local folder or a GGUF file.  [default: {model}]"),
-        click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a model from the hub."),
-        click.option("--token", metavar="TOKEN", help="Access token for the hub.  [default: that of `hf auth login`, or $HF_TOKEN]"),
-        click.option("--cache-dir", metavar="PATH", help="Where downloaded models are kept.  [default: the hub's cache folder]"),
-        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.  [default: the best there is]"),
-        click.option("--dtype", type=click.Choice(DTYPES), help=f"What the model computes in.  [default: {dtype}]"),
-    )
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator; the help lists them in this order."""
 
     def add(command: F) -> F:
         for option in reversed(options):
@@ -97,6 +92,18 @@ def model_options(*, model: str, dtype: str) -> Callable[[F], F]:
         return command
 
     return add
+
+
+def model_options(*, model: str, dtype: str) -> Callable[[F], F]:
+    """--model and what goes with loading it. model, dtype: what their defaults are, in words."""
+    return _together(
+        click.option("--model", "-m", metavar="MODEL", help=f"A hub name, a local folder or a GGUF file.  [default: {model}]"),
+        click.option("--revision", metavar="REVISION", help="Branch, tag or commit of a model from the hub."),
+        click.option("--token", metavar="TOKEN", help="Access token for the hub.  [default: that of `hf auth login`, or $HF_TOKEN]"),
+        click.option("--cache-dir", metavar="PATH", help="Where downloaded models are kept.  [default: the hub's cache folder]"),
+        click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps.  [default: the best there is]"),
+        click.option("--dtype", type=click.Choice(DTYPES), help=f"What the model computes in.  [default: {dtype}]"),
+    )
 
 
 def loading(model: str | None) -> str | None:
@@ -120,6 +127,50 @@ def domain_weights(_ctx: click.Context, _param: click.Parameter, given: Sequence
             )
         weights[name] = weight
     return weights or None
+
+
+def search_options(command: F) -> F:
+    """How neighbours are searched and mixed in: the arguments of `KnnLM.load` from k to exact."""
+    return _together(
+        click.option("-k", metavar="K", type=int, help="Neighbours to search.  [default: the datastore's]"),
+        click.option("--nprobe", metavar="N", type=int, help="Lists to search for them.  [default: the datastore's]"),
+        click.option(
+            "--lambda",
+            "lmbda",
+            metavar="WEIGHT",
+            type=float,
+            help="Weight of p_kNN in p, 0 to 1, the same everywhere.  [default: the datastore's, or its gate]",
+        ),
+        click.option("--temperature", metavar="T", type=float, help="Of the softmax over -distance.  [default: the datastore's]"),
+        click.option(
+            "--domain",
+            "domains",
+            metavar="NAME[=WEIGHT]",
+            multiple=True,
+            callback=domain_weights,
+            help="Search this domain, and no other that is not named too.  [default: all, at the datastore's weights]",
+        ),
+        click.option("--exclude", metavar="DOC", multiple=True, help="Leave out the document with this id."),
+        click.option("--exact", is_flag=True, help="Compare with every kept key instead of searching codes (see create --keep-keys)."),
+        click.option("--allow-model-mismatch", is_flag=True, help="Only warn when the model is not the one the datastore was built with."),
+    )(command)
+
+
+def retrieval_options(command: F) -> F:
+    """When a search is made, where many tokens follow each other: the arguments of `KnnLM.load` from retrieval on."""
+    return _together(
+        click.option(
+            "--retrieval",
+            type=click.Choice(RETRIEVALS),
+            default=RETRIEVALS[0],
+            show_default=True,
+            help="Search for every token; or go on from the neighbours of the token before; or only where the gate expects a gain.",
+        ),
+        click.option("--min-knns", metavar="N", type=int, help="pointers: search again where fewer of them go on.  [default: 16]"),
+        click.option(
+            "--threshold", metavar="WEIGHT", type=float, help="confident: search where a λ of this or more is expected.  [default: 0.1]"
+        ),
+    )(command)
 
 
 def read_text(_ctx: click.Context, _param: click.Parameter, text: str) -> str:

@@ -10,12 +10,12 @@ import knnstore
 
 from .options import (
     ExampleCommand,
-    domain_weights,
     json_option,
     loading,
     model_options,
     quiet_option,
     read_text,
+    search_options,
     snapshot_option,
     store_option,
 )
@@ -34,23 +34,9 @@ TOP = 10  # tokens of each distribution and neighbours that are shown
 @click.argument("text", callback=read_text)
 @store_option
 @snapshot_option
-@click.option("-k", metavar="K", type=int, help="Neighbours to search.  [default: the datastore's]")
-@click.option("--nprobe", metavar="N", type=int, help="Lists to search for them.  [default: the datastore's]")
-@click.option("--lambda", "lmbda", metavar="WEIGHT", type=float, help="Weight of p_kNN in p, 0 to 1.  [default: the datastore's]")
-@click.option("--temperature", metavar="T", type=float, help="Of the softmax over -distance.  [default: the datastore's]")
+@search_options
 @click.option("--top", metavar="N", type=click.IntRange(min=1), default=TOP, show_default=True, help="Tokens and neighbours to show.")
-@click.option(
-    "--domain",
-    "domains",
-    metavar="NAME[=WEIGHT]",
-    multiple=True,
-    callback=domain_weights,
-    help="Search this domain, and no other that is not named too.  [default: all, at weight 1]",
-)
-@click.option("--exclude", metavar="DOC", multiple=True, help="Leave out the document with this id.")
-@click.option("--exact", is_flag=True, help="Compare with every kept key instead of searching codes (see create --keep-keys).")
 @model_options(model="the datastore's own", dtype="that of the datastore's keys")
-@click.option("--allow-model-mismatch", is_flag=True, help="Only warn when the model is not the one the datastore was built with.")
 @quiet_option
 @json_option
 def query(

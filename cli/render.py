@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from .page import GAP, Page
+from .page import GAP, Page, cut_left, cut_right, padded
 from .text import counted, shown_bytes, visible, visible_token
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ MIN_CONTEXT = 20  # columns that a neighbour's context keeps, however narrow the
 MAX_GROUP = 44  # columns of one distribution, however wide the terminal
 
 DISTRIBUTIONS = (("p_lm", "p_LM: the model", "blue"), ("p_knn", "p_kNN: the neighbours", "green"), ("p", "p: both", "magenta"))
-EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -34,7 +33,7 @@ def print_query(fields: Mapping[str, Any], decode: Decode) -> None:
 
 def _add_query(page: Page, fields: Mapping[str, Any], decode: Decode) -> None:
     label = "next token after: "
-    page.add(Text.assemble((label, "dim"), (_cut_left(visible(fields["text"]), page.width - len(label)), "bold")))
+    page.add(Text.assemble((label, "dim"), (cut_left(visible(fields["text"]), page.width - len(label)), "bold")))
     searched = "every key" if fields["exact"] else f"nprobe {fields['nprobe']}"
     settings = f"snapshot {fields['snapshot']}, k {fields['k']}, {searched}, λ {fields['lambda']:g}, temperature {fields['temperature']:g}"
     page.add(Text(settings, style="dim"), Text(""), _distributions(page, fields), Text(""))
@@ -53,13 +52,13 @@ def _distributions(page: Page, fields: Mapping[str, Any]) -> Table:
     table = page.table()
     columns = []
     for name, title, color in DISTRIBUTIONS:
-        table.add_column(Text(_cut_right(title, group)), width=group, no_wrap=True)
+        table.add_column(Text(cut_right(title, group)), width=group, no_wrap=True)
         columns.append(
             [
                 Text.assemble(
-                    _padded(_cut_right(visible_token(item["token"]), token_width), token_width),
+                    padded(cut_right(visible_token(item["token"]), token_width), token_width),
                     f" {item['p']:.4f} ",
-                    (_bar(item["p"] / most, bar_width, plain=page.plain), color),
+                    (page.bar(item["p"] / most, bar_width), color),
                 )
                 for item in fields[name]
             ]
@@ -67,14 +66,6 @@ def _distributions(page: Page, fields: Mapping[str, Any]) -> Table:
     for row in range(max(map(len, columns))):
         table.add_row(*(column[row] if row < len(column) else Text("") for column in columns))
     return table
-
-
-def _bar(share: float, width: int, *, plain: bool) -> str:
-    """A bar of up to `width` columns, in steps of an eighth of a column, or of #."""
-    if plain:
-        return "#" * round(share * width)
-    eighths = round(share * width * 8)
-    return ("█" * (eighths // 8) + EIGHTHS[eighths % 8]).rstrip()
 
 
 def _neighbors(page: Page, neighbors: Sequence[Mapping[str, Any]], decode: Decode) -> Table:
@@ -99,13 +90,13 @@ def _neighbors(page: Page, neighbors: Sequence[Mapping[str, Any]], decode: Decod
     table = page.table()
     for name in ("distance", "weight"):
         table.add_column(name, width=widths[name], justify="right", no_wrap=True)
-    table.add_column(_padded("", left_width) + "context", width=context, no_wrap=True)
+    table.add_column(padded("", left_width) + "context", width=context, no_wrap=True)
     for name in ("document", "domain"):
         table.add_column(name, width=widths[name], no_wrap=True)
     for hit, token, document, domain, distance in zip(neighbors, tokens, documents, domains, distances, strict=True):
-        left = _cut_left(visible(hit["left"]), left_width)
-        token = _cut_right(token, token_width)
-        right = _cut_right(visible(hit["right"]), right_width + token_width - cell_len(token))
+        left = cut_left(visible(hit["left"]), left_width)
+        token = cut_right(token, token_width)
+        right = cut_right(visible(hit["right"]), right_width + token_width - cell_len(token))
         line = Text.assemble(
             " " * (left_width - cell_len(left)), (left, "dim"), (token, "bold green" if token.strip() else "reverse"), (right, "dim")
         )
@@ -113,8 +104,8 @@ def _neighbors(page: Page, neighbors: Sequence[Mapping[str, Any]], decode: Decod
             distance,
             f"{hit['weight']:.4f}",
             line,
-            Text(_cut_left(document, widths["document"])),
-            Text(_cut_right(domain, widths["domain"])),
+            Text(cut_left(document, widths["document"])),
+            Text(cut_right(domain, widths["domain"])),
         )
     return table
 
@@ -147,7 +138,9 @@ def _add_info(page: Page, fields: Mapping[str, Any]) -> None:
     if calibration is None:
         rows.append(("calibration", "none: give --lambda and --temperature to query"))
     else:
-        fitted = f"λ {calibration['lambda']:g}, temperature {calibration['temperature']:g}"
+        gate = calibration.get("gate")
+        lmbda = f"λ {calibration['lambda']:g}" if gate is None else f"λ by a {gate['kind']} gate ({calibration['lambda']:g} without)"
+        fitted = f"{lmbda}, temperature {calibration['temperature']:g}"
         origin = f"{calibration['status']}; by {calibration['made_by']} on {calibration['tokens']:,} tokens"
         if calibration["status"] == "default":
             origin = f"default; {calibration['tokens']:,} tokens are too few to fit on"
@@ -238,23 +231,3 @@ def print_demo(fields: Mapping[str, Any], decode: Decode, *, kept: str | None) -
     if kept:
         page.add(Text(""), Text(f'The datastore was kept: try  knnstore query "Marley was" --store {visible(kept)}'))
     page.print()
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - cell_len(text))
-
-
-def _cut_right(text: str, width: int) -> str:
-    """The beginning of a text that is too wide, with … for the rest."""
-    return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)).rstrip() + "…" * (width > 0)
-
-
-def _cut_left(text: str, width: int) -> str:
-    """The end of a text that is too wide, with … for the rest."""
-    if cell_len(text) <= width:
-        return text
-    kept, used = len(text), 0
-    while kept and used + cell_len(text[kept - 1]) <= width - 1:
-        kept -= 1
-        used += cell_len(text[kept])
-    return "…" * (width > 0) + text[kept:]

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from knnstore.lm.append import append
     from knnstore.lm.checking import verify
     from knnstore.lm.create import create
+    from knnstore.lm.evaluate import Evaluation, evaluate
     from knnstore.lm.knnlm import KnnLM, Step
     from knnstore.lm.retrain import compact
+    from knnstore.lm.tuning import Tuning, tune
     from knnstore.merging import merge
     from knnstore.neighbors import Context, Neighbors
     from knnstore.repairing import RepairReport, repair
@@ -37,6 +39,7 @@ _PLACES = {
     "Datastore": "knnstore.store",
     "Difference": "knnstore.history",
     "EntryDocument": "knnstore.intake",
+    "Evaluation": "knnstore.lm.evaluate",
     "IndexOptions": "knnstore.storage.manifest",
     "KnnLM": "knnstore.lm.knnlm",
     "Neighbors": "knnstore.neighbors",
@@ -45,6 +48,7 @@ _PLACES = {
     "RowRange": "knnstore.filters",
     "Step": "knnstore.lm.knnlm",
     "Tag": "knnstore.storage.tags",
+    "Tuning": "knnstore.lm.tuning",
     "append": "knnstore.lm.append",
     "append_entries": "knnstore.entries",
     "compact": "knnstore.lm.retrain",
@@ -52,6 +56,7 @@ _PLACES = {
     "create_from_entries": "knnstore.entries",
     "delete": "knnstore.deletion",
     "diff": "knnstore.history",
+    "evaluate": "knnstore.lm.evaluate",
     "gc": "knnstore.collecting",
     "merge": "knnstore.merging",
     "open": "knnstore.store",
@@ -59,6 +64,7 @@ _PLACES = {
     "restore": "knnstore.history",
     "tag": "knnstore.history",
     "tags": "knnstore.history",
+    "tune": "knnstore.lm.tuning",
     "untag": "knnstore.history",
     "verify": "knnstore.lm.checking",
 }
@@ -70,6 +76,7 @@ __all__ = [
     "Datastore",
     "Difference",
     "EntryDocument",
+    "Evaluation",
     "IndexOptions",
     "KnnLM",
     "Neighbors",
@@ -78,6 +85,7 @@ __all__ = [
     "RowRange",
     "Step",
     "Tag",
+    "Tuning",
     "__version__",
     "append",
     "append_entries",
@@ -87,6 +95,7 @@ __all__ = [
     "delete",
     "diff",
     "errors",
+    "evaluate",
     "gc",
     "merge",
     "open",
@@ -94,6 +103,7 @@ __all__ = [
     "restore",
     "tag",
     "tags",
+    "tune",
     "untag",
     "verify",
 ]

@@ -43,7 +43,6 @@ Keys = NDArray[np.float32]
 Index = tuple[Space, Coarse | None]
 
 DEFAULT_K = 1_024  # neighbours: more help perplexity more than better distances do (docs/design.md, Index)
-DEFAULT_NPROBE = 32  # lists: beyond this, perplexity gains under 0.1%
 SAMPLE_BYTES = 1 << 30  # bytes of sampled keys held while training
 SAMPLE_MIN = 65_536  # keys: what a product quantizer is trained on at most
 MEASURED_ROWS = 1_024  # rows, of those encoded at a time, whose distortion is measured
@@ -154,8 +153,8 @@ def blank_manifest(
     windows: WindowRule | None,
     index: IndexOptions,
     calibration: Calibration | None = None,
+    nprobe: int,
     k: int = DEFAULT_K,
-    nprobe: int = DEFAULT_NPROBE,
 ) -> Manifest:
     """What a store says of itself before anything is in it."""
     return Manifest(

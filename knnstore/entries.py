@@ -18,6 +18,7 @@ from knnstore.search import check_keys
 from knnstore.settling import commit_growth
 from knnstore.storage.catalog import StoreFolder, open_snapshot
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
+from knnstore.storage.coarse import choose_nprobe
 from knnstore.storage.files import disk
 from knnstore.storage.jobs import run_attempt, run_job
 from knnstore.storage.manifest import IndexOptions, Manifest, Operation
@@ -75,7 +76,8 @@ def create_from_entries(
             save_index(job, *index)
             staged = intake.finish(*index)
         key = KeyLayer(layer=key_layer, dim=dim)
-        start = blank_manifest(store_uuid, checkpoint=checkpoint, key=key, tokens=None, windows=None, index=options)
+        nprobe = choose_nprobe(intake.n_entries, 1 if index[1] is None else index[1].nlist)
+        start = blank_manifest(store_uuid, checkpoint=checkpoint, key=key, tokens=None, windows=None, index=options, nprobe=nprobe)
         change = Change(
             operation=Operation(
                 name="create_from_entries",

@@ -9,7 +9,7 @@ from typing import Any
 from knnstore.errors import NotFoundError
 from knnstore.filters import live_documents_of
 from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, IDS_FILE, KEYS_FILE, LISTS_FILE, VALUES_FILE
-from knnstore.storage.calibration import Calibration
+from knnstore.storage.calibration import calibration_fields
 from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
 from knnstore.storage.contexts import DocumentRecord
 from knnstore.storage.manifest import Manifest, SegmentRecord
@@ -17,7 +17,7 @@ from knnstore.storage.rows import count, subtract
 from knnstore.storage.segment import Segment
 from knnstore.storage.tags import list_tags
 
-__all__ = ["calibration_fields", "domain_counts", "live_documents", "live_hashes", "snapshot_list", "store_info"]
+__all__ = ["domain_counts", "live_documents", "live_hashes", "snapshot_list", "store_info"]
 
 
 def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
@@ -89,7 +89,7 @@ def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
         "key": asdict(manifest.key),
         "windows": _windows(manifest),
         "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
-        "calibration": calibration_fields(manifest.calibration),
+        "calibration": None if manifest.calibration is None else calibration_fields(manifest.calibration),
     }
 
 
@@ -98,15 +98,6 @@ def _windows(manifest: Manifest) -> dict[str, Any] | None:
         return None
     computed = [segment.content.dtype for segment in manifest.segments if segment.content.dtype is not None]
     return {**asdict(manifest.windows), "dtype": computed[0] if computed else None}
-
-
-def calibration_fields(calibration: Calibration | None) -> dict[str, Any] | None:
-    """A calibration with λ under the name the command line uses."""
-    if calibration is None:
-        return None
-    fields = asdict(calibration)
-    fields["lambda"] = fields.pop("lmbda")
-    return fields
 
 
 def snapshot_list(path: Path) -> list[dict[str, Any]]:

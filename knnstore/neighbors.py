@@ -44,7 +44,8 @@ class Neighbors:
     """The k nearest entries of n keys, sorted by (distance, segment, row). All arrays are (n, k).
 
     distances: float32, squared L2, inf where fewer than k were found. values: int32 token ids, segments: int32, rows: int64,
-    all -1 there. log_weights: float32, log of the domain's weight, None where all weights are 1.
+    all -1 there; segments and rows are (n, 0) where a search left places out. log_weights: float32, log of the domain's weight, None
+    where all weights are 1.
     """
 
     distances: NDArray[np.float32]
@@ -66,9 +67,11 @@ class Neighbors:
         """How many of the k were found for each key, (n,)."""
         return np.asarray(np.count_nonzero(self.values >= 0, axis=1), dtype=np.int64)
 
-    def __getitem__(self, query: int) -> "Neighbors":
-        """The neighbours of one key, as (1, k) arrays."""
-        at = slice(query, query + 1) if query >= 0 else slice(query, query + 1 or None)
+    def __getitem__(self, query: int | slice) -> "Neighbors":
+        """The neighbours of one key, as (1, k) arrays, or of several."""
+        at = query
+        if not isinstance(at, slice):
+            at = slice(at, at + 1) if at >= 0 else slice(at, at + 1 or None)
         weights = None if self.log_weights is None else self.log_weights[at]
         return Neighbors(self.distances[at], self.values[at], self.segments[at], self.rows[at], weights, self.source)
 
@@ -77,6 +80,8 @@ class Neighbors:
 
         Raises InvalidArgumentError where no neighbour was found at this place, DamageError where its files are damaged.
         """
+        if not self.rows.shape[1]:
+            raise InvalidArgumentError("these neighbours came without their places. Search with places=True.")
         number, row = int(self.segments[query, neighbor]), int(self.rows[query, neighbor])
         if row < 0:
             raise InvalidArgumentError(f"neighbour {neighbor} of query {query}: only {int(self.n_found[query])} were found.")

@@ -5,7 +5,7 @@ compare. Results are sorted by (distance, segment, row). FastScan compares 16-bi
 may be kept; exact search keeps the smallest (segment, row).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from knnstore.storage.rows import RangeSet, as_ranges, contains, count
 from knnstore.storage.segment import Segment
 from knnstore.storage.space import Space
 from knnstore.storage.stack import Stack
+from knnstore.threads import over_blocks
 
 __all__ = ["MAX_K", "Hits", "check_breadth", "check_keys", "search"]
 
@@ -78,11 +79,15 @@ def search(
     nprobe: int,
     exact: bool = False,
     stacks: Sequence[Stack] | None = None,
+    lists: Mapping[str, Labels] | None = None,
+    places: bool = True,
 ) -> Hits:
     """The k nearest entries of each key among the rows that are allowed.
 
     allowed: for each segment the rows that count, None for all. keys: (n, dim) float32, checked. exact: by kept keys. stacks: how the
-    segments are searched together, None for each by itself.
+    segments are searched together, None for each by itself. lists: by coarse quantizer, those to search for each key, (n, m) with -1 for
+    none, in place of the nprobe nearest. places: whether segments and rows are wanted; without, (n, 0) of them come, and entries of equal
+    distance in any order.
     Raises InvalidArgumentError for k, nprobe out of range, or exact search where keys were not kept; DamageError.
     """
     check_breadth(k, nprobe)
@@ -94,7 +99,9 @@ def search(
         stacks = [Stack([i], [segment]) for i, segment in enumerate(segments)] if stacks is None else stacks
         parts = [part for part in (_Part.of(stack, allowed) for stack in stacks) if part is not None]
     step = EXACT_QUERIES if exact else max(1, RESULT_CELLS // (k * max(1, len(parts))))
-    pieces = [_search_piece(parts, keys[at : at + step], k, nprobe) for at in range(0, max(1, len(keys)), step)]
+    pieces = [
+        _search_piece(parts, _Known(keys, nprobe, lists, slice(at, at + step)), k, places) for at in range(0, max(1, len(keys)), step)
+    ]
     if len(pieces) == 1:
         return pieces[0]
     return Hits(*(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("distances", "values", "segments", "rows")))
@@ -110,12 +117,15 @@ class _Found:
 
 
 class _Known:
-    """What the parts of one search share: rotated keys by space, probed lists by coarse quantizer."""
+    """What the parts of one search share: rotated keys by space, probed lists by coarse quantizer.
 
-    def __init__(self, keys: Keys, nprobe: int) -> None:
-        self.keys, self._nprobe = keys, nprobe
+    keys: all of which those `at` are searched now. lists: by coarse quantizer, where they are not to be chosen.
+    """
+
+    def __init__(self, keys: Keys, nprobe: int, lists: Mapping[str, Labels] | None, at: slice) -> None:
+        self.keys, self._nprobe = keys[at], nprobe
         self._rotated: dict[str, Keys] = {}
-        self._probes: dict[str, tuple[Keys, Labels]] = {}
+        self._probes = {name: (np.zeros(given[at].shape, np.float32), given[at]) for name, given in (lists or {}).items()}
 
     def rotated(self, space: Space) -> Keys:
         if space.id not in self._rotated:
@@ -140,8 +150,10 @@ class _ExactPart:
     segment: Segment
     rows: RangeSet | None
 
-    def top(self, known: _Known, k: int) -> _Found:
-        distances, labels = _exact(self.segment, self.rows, known.keys, k)
+    def top(self, known: _Known, k: int) -> tuple[NDArray[np.float32], Labels]:
+        return _exact(self.segment, self.rows, known.keys, k)
+
+    def found(self, distances: NDArray[np.float32], labels: Labels) -> _Found:
         return _Found(distances, np.where(labels >= 0, np.int32(self.number), np.int32(-1)), labels)
 
 
@@ -170,8 +182,8 @@ class _Part:
         n_all = sum(stack.members[i].content.entries for i in members)
         return cls(stack, members, np.concatenate(ranges), sum(map(count, wholes)) / n_all)
 
-    def top(self, known: _Known, k: int) -> _Found:
-        """The k nearest; entries of equal distance in any order."""
+    def top(self, known: _Known, k: int) -> tuple[NDArray[np.float32], Labels]:
+        """Distances without distortion and labels of the k nearest; entries of equal distance in any order."""
         x = known.rotated(self.stack.members[0].space)
         lists, nearness = [], []
         for i in self.members:
@@ -182,11 +194,12 @@ class _Part:
             nearness.append(near)
         probe = np.concatenate(nearness, axis=1), np.concatenate(lists, axis=1)
         if self.ranges is None or len(self.ranges) <= MAX_SELECTOR_RANGES:
-            distances, labels = _faiss_top(self.stack, x, probe, k, self.ranges)
-        else:
-            distances, labels = self._filtered_top(x, probe, k)
-        distances += np.float32(self.stack.distortion)
-        return _Found(distances, *self.stack.numbers_of(labels))
+            return _faiss_top(self.stack, x, probe, k, self.ranges)
+        return self._filtered_top(x, probe, k)
+
+    def found(self, distances: NDArray[np.float32], labels: Labels) -> _Found:
+        """What some rows of `top` stand for."""
+        return _Found(distances + np.float32(self.stack.distortion), *self.stack.numbers_of(labels))
 
     def _filtered_top(self, x: Keys, probe: tuple[Keys, Labels], k: int) -> tuple[NDArray[np.float32], Labels]:
         """Fetches more than k and keeps the labels that count; queries left with too few are asked again, for more."""
@@ -214,11 +227,23 @@ class _Part:
         return distances, labels
 
 
-def _search_piece(parts: "Sequence[_Part | _ExactPart]", keys: Keys, k: int, nprobe: int) -> Hits:
-    known = _Known(keys, nprobe)
-    found = _merge([part.top(known, k) for part in parts], len(keys), k)
-    _sort_ties(found)
-    return Hits(found.distances, tokens_of(found.labels), found.segments, rows_of(found.labels))
+def _search_piece(parts: "Sequence[_Part | _ExactPart]", known: _Known, k: int, places: bool) -> Hits:
+    n = len(known.keys)
+    tops = [part.top(known, k) for part in parts]
+    # One part's own arrays are filled anew: memory that is touched for the first time is what costs most here.
+    distances, rows = tops[0] if len(tops) == 1 else (np.empty((n, k), np.float32), np.empty((n, k if places else 0), np.int64))
+    segments = np.empty((n, k if places else 0), np.int32)
+    hits = Hits(distances, np.empty((n, k), np.int32), segments, rows if places else rows[:, :0])
+
+    def finish(at: slice) -> None:
+        found = _merge([part.found(near[at], labels[at]) for part, (near, labels) in zip(parts, tops, strict=True)], at.stop - at.start, k)
+        labels = _sorted_ties(found) if places else found.labels
+        hits.distances[at], hits.values[at] = found.distances, tokens_of(labels)
+        if places:
+            hits.segments[at], hits.rows[at] = found.segments, rows_of(labels)
+
+    over_blocks(finish, n, width=k * max(1, len(parts)))
+    return hits
 
 
 def _faiss_top(stack: Stack, x: Keys, probe: tuple[Keys, Labels], k: int, ranges: RangeSet | None) -> tuple[NDArray[np.float32], Labels]:
@@ -248,28 +273,27 @@ def _faiss_top(stack: Stack, x: Keys, probe: tuple[Keys, Labels], k: int, ranges
     return distances, labels
 
 
-def _sort_ties(found: _Found) -> None:
-    """Puts what has equal distance in order of (segment, row), in place."""
-    distances, labels = found.distances, found.labels
+def _sorted_ties(found: _Found) -> Labels:
+    """The labels, and in place the segments, with what has equal distance in order of (segment, row)."""
+    distances, segments, labels = found.distances, found.segments, found.labels
     equal = distances[:, 1:] == distances[:, :-1]
     equal &= labels[:, 1:] >= 0
     if not equal.any():
-        return
-    tied = np.zeros(distances.shape, dtype=bool)
-    tied[:, 1:] |= equal
-    tied[:, :-1] |= equal
-    begins = tied.copy()
-    begins[:, 1:] &= ~equal
-    at = np.flatnonzero(tied)
-    group = np.cumsum(begins.reshape(-1)[at])
-    of_group, segments = labels.reshape(-1)[at], found.segments.reshape(-1)[at]
-    rows = rows_of(of_group)
-    row_bits, segment_bits = int(rows.max()).bit_length(), int(segments.max()).bit_length()
-    if row_bits + segment_bits + int(group[-1]).bit_length() < 63:  # one key sorts several times faster than three
-        order = np.argsort((((group << segment_bits) | segments) << row_bits) | rows)
-    else:
-        order = np.lexsort((rows, segments, group))
-    labels.reshape(-1)[at], found.segments.reshape(-1)[at] = of_group[order], segments[order]
+        return labels
+    rank = np.zeros(labels.shape, np.int64)  # of the distance, in its row
+    np.cumsum(~equal, axis=1, out=rank[:, 1:])
+    label_bits, segment_bits = (int(array.max()).bit_length() for array in (labels, segments))
+    if int(rank[:, -1].max()).bit_length() + segment_bits + label_bits < 63:
+        # Rank, segment and label as one number: sorting those is several times faster than sorting places by three.
+        rank <<= segment_bits + label_bits
+        rank |= np.where(labels >= 0, (segments.astype(np.int64) << label_bits) | labels, 0)
+        rank.sort(axis=1)
+        known = labels >= 0
+        np.copyto(segments, (rank >> label_bits) & ((1 << segment_bits) - 1), where=known, casting="same_kind")
+        return np.where(known, rank & ((1 << label_bits) - 1), -1)
+    order = np.lexsort((labels, segments, rank))
+    segments[...] = np.take_along_axis(segments, order, 1)
+    return np.take_along_axis(labels, order, 1)
 
 
 def _merge(found: Sequence[_Found], n: int, k: int) -> _Found:

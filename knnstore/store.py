@@ -82,16 +82,19 @@ class Datastore:
         where: filters.Where | None = None,
         exclude: str | filters.RowRange | Iterable[str | filters.RowRange] | None = None,
         exact: bool = False,
+        places: bool = True,
     ) -> Neighbors:
         """The k nearest entries of each key.
 
         keys: (n, dim) or (dim,) numbers. k, nprobe: None for the manifest's defaults. domains: names, or {name: weight};
         others are not searched. where: metadata that documents must have. exclude: document ids and row ranges.
-        exact: by brute force over kept keys. Raises InvalidArgumentError, NotFoundError, DamageError.
+        exact: by brute force over kept keys. places: where only distances and values are wanted, False saves the rest, and leaves entries
+        of equal distance in any order. Raises InvalidArgumentError, NotFoundError, DamageError.
         """
         segments = self._open_segments()
         weights = filters.domain_weights(segments, domains)
         allowed = filters.allowed_rows(segments, weights=weights, where=where, exclude=exclude)
+        weighs = weights is not None and any(weight not in (0.0, 1.0) for weight in weights.values())
         hits = search(
             segments,
             allowed,
@@ -100,8 +103,9 @@ class Datastore:
             nprobe=self.manifest.nprobe if nprobe is None else nprobe,
             exact=exact,
             stacks=self.stacks,
+            places=places or weighs,
         )
-        log_weights = filters.log_weights(segments, weights, hits.segments, hits.rows)
+        log_weights = filters.log_weights(segments, weights, hits.segments, hits.rows) if weighs else None
         return Neighbors(hits.distances, hits.values, hits.segments, hits.rows, log_weights, segments)
 
     def documents(self) -> Iterator[DocumentEntry]:

@@ -55,6 +55,15 @@ def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture
+def datasets_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own for what `datasets`, which lm_eval reads its data with, would keep in the user's cache."""
+    datasets = pytest.importorskip("datasets", reason="lm_eval is not installed (extra: harness)")
+    cache = tmp_path / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    return cache
+
+
+@pytest.fixture
 def fast_path(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is such a place: for tests that write and remove thousands of small files."""
     memory = Path("/dev/shm")

@@ -12,6 +12,7 @@ A block is run, or is the output of the block before it, or has a comment on the
     <!-- signature: NAME -->       the block is the signature of knnstore.NAME
     <!-- message: NAME -->         the block is the message of an error of this class
     <!-- needs: NAME NAME -->      anywhere on a page: files and folders that lie in the working folder when its blocks are run
+    <!-- needs modules: NAME -->   anywhere on a page: its blocks are run only where these modules are installed
 
 `WRITE_DOCS=1 pytest tests/test_docs.py` writes what is printed now in the place of every output that is not so.
 """
@@ -110,6 +111,11 @@ def read_blocks(page: str) -> list[Block]:
 def needs(page: str) -> list[str]:
     """What a page says lies in its working folder."""
     return [name for found in re.findall(r"^<!-- needs: (.+) -->$", page, re.MULTILINE) for name in found.split()]
+
+
+def needs_modules(page: str) -> list[str]:
+    """The modules that must be installed for the blocks of a page."""
+    return [name for found in re.findall(r"^<!-- needs modules: (.+) -->$", page, re.MULTILINE) for name in found.split()]
 
 
 def outputs_of(blocks: Sequence[Block]) -> dict[int, Block]:

@@ -17,7 +17,7 @@ from knnstore._version import __version__
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # as they are used
-    *("create", "append", "merge", "query", "delete", "compact", "info", "verify", "repair"),
+    *("create", "append", "merge", "query", "generate", "tune", "evaluate", "delete", "compact", "info", "verify", "repair"),
     *("snapshots", "tag", "restore", "diff", "gc", "demo", "completion"),
 ]
 
@@ -56,6 +56,13 @@ def test_options_of_the_contract() -> None:
         "--context --stride --no-eos --device --dtype --seed --json --quiet -q",
         "query": "--store -s --at -k --nprobe --lambda --temperature --top --domain --exclude --exact --model -m --device --dtype "
         "--allow-model-mismatch --json",
+        "generate": "--store -s --at --max-new-tokens --num-beams --sample --top-k --top-p --sampling-temperature --seed "
+        "--num-return-sequences -k --nprobe --lambda --temperature --domain --exclude --exact --retrieval --model -m --device --dtype "
+        "--allow-model-mismatch --html --json --quiet -q",
+        "tune": "--store -s -k --nprobe --exact --tokens --gate --seed --dry-run --plot --name --model -m --device --dtype "
+        "--allow-model-mismatch --json --quiet -q",
+        "evaluate": "--store -s --at --context --stride -k --nprobe --lambda --temperature --domain --exclude --exclude-own --exact "
+        "--retrieval --plot --model -m --device --dtype --allow-model-mismatch --json --quiet -q",
         "info": "--store -s --at --documents --json",
         "append": "--store -s --model -m --revision --token --cache-dir --domain --name --replace --prune --device --dtype "
         "--allow-model-mismatch --json --quiet -q",

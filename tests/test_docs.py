@@ -1,5 +1,6 @@
 """The pages: every block runs or says why not, what they show is what is printed, links lead somewhere, references are complete."""
 
+import importlib.util
 import inspect
 import os
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from doc_pages import Made, Reader, Shown, differences, needs, outputs_of, python_path, read_blocks, rewritten
+from doc_pages import Made, Reader, Shown, differences, needs, needs_modules, outputs_of, python_path, read_blocks, rewritten
 from numpy.typing import ArrayLike
 
 import knnstore
@@ -71,6 +72,16 @@ def other_model(folder: Path, default_model: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(default_model).save_pretrained(folder)
 
 
+def skip_without_modules(page: Path, request: pytest.FixtureRequest) -> None:
+    """Skips a page whose blocks need modules that are not installed; gives data sets a folder of the test's own."""
+    names = needs_modules(page.read_text(encoding="utf-8"))
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{page.name}: {', '.join(missing)} not installed (an extra)")
+    if "lm_eval" in names:
+        request.getfixturevalue("datasets_cache")
+
+
 def follow(page: Path, reader: Reader, default_model: Path, *, slow: bool) -> list[str]:
     """What of a page is not as it says."""
     reader.name = str(page.relative_to(ROOT))
@@ -93,7 +104,7 @@ def test_every_block_runs_or_says_why_not(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     blocks = read_blocks(text)
     assert not re.search(r"^[ \t>]+```", text, re.MULTILINE), "a block that is set in would not be seen"
-    assert len(re.findall(r"^<!-- (?!needs:)", text, re.MULTILINE)) == sum(bool(block.mark) for block in blocks), (
+    assert len(re.findall(r"^<!-- (?!needs:|needs modules:)", text, re.MULTILINE)) == sum(bool(block.mark) for block in blocks), (
         "a comment that marks no block"
     )
     outputs = {block.line for block in outputs_of(blocks).values()}
@@ -110,8 +121,9 @@ def test_every_block_runs_or_says_why_not(page: Path) -> None:
 
 @pages
 @pytest.mark.timeout(240)
-def test_pages_do_what_they_show(page: Path, reader: Reader, default_model_dir: Path) -> None:
+def test_pages_do_what_they_show(page: Path, reader: Reader, default_model_dir: Path, request: pytest.FixtureRequest) -> None:
     """The blocks of a page, in order, in a folder that has what the page needs, print what it shows."""
+    skip_without_modules(page, request)
     if any(block.tag in ("console", "sh", "python") and not block.mark for block in read_blocks(page.read_text(encoding="utf-8"))):
         assert "\n".join(follow(page, reader, default_model_dir, slow=False)) == ""
 
@@ -119,8 +131,9 @@ def test_pages_do_what_they_show(page: Path, reader: Reader, default_model_dir: 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- slow" in page.read_text(encoding="utf-8")], ids=lambda page: page.name)
-def test_pages_do_what_they_show_slowly(page: Path, reader: Reader, default_model_dir: Path) -> None:
+def test_pages_do_what_they_show_slowly(page: Path, reader: Reader, default_model_dir: Path, request: pytest.FixtureRequest) -> None:
     """The same with the blocks that take long."""
+    skip_without_modules(page, request)
     assert "\n".join(follow(page, reader, default_model_dir, slow=True)) == ""
 
 

@@ -15,7 +15,6 @@ from knnstore.errors import InvalidArgumentError, ModelError, NotFoundError
 from knnstore.filters import RowRange
 from knnstore.lm import calibrate
 from knnstore.lm.create import create
-from knnstore.lm.evaluate import perplexity
 from knnstore.lm.keys import KeyExtractor
 from knnstore.lm.knnlm import KnnLM, Step
 from knnstore.lm.models import LanguageModel, load_language_model
@@ -152,7 +151,8 @@ def test_what_is_not_given_comes_from_the_calibration(store, model):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"k": 7}, "k 1024, not 7"), ({"nprobe": 3}, "nprobe 32, not 3"), ({"k": 7, "nprobe": 3}, "k 1024.*nprobe 32, not 3")]
+    ("options", "said"),
+    [({"k": 7}, "k 1024, not 7"), ({"nprobe": 3}, "nprobe 32, not 3"), ({"k": 7, "nprobe": 3}, "k 1024.*nprobe 32, not 3")],
 )
 def test_a_search_that_the_calibration_was_not_fitted_for_says_so(store, model, options, said):
     """Unless both λ and temperature are one's own. In a store of plain keys exact search is the same search."""
@@ -366,45 +366,3 @@ def test_nothing_of_the_model_is_replaced_or_left_behind(store, model):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.model.modules())
     with torch.no_grad():
         torch.testing.assert_close(model.model(ids).logits, before)
-
-
-# --- perplexity
-
-
-def perplexity_by_hand(lm: KnnLM, ids: list[int]) -> tuple[float, float, float]:
-    """Of a text that fits one window: each token by a prediction of its own."""
-    steps = [lm.predict(ids[:i]) for i in range(1, len(ids))]
-    p_lm = np.array([step.p_lm[token] for step, token in zip(steps, ids[1:], strict=True)])
-    p = np.array([step.p[token] for step, token in zip(steps, ids[1:], strict=True)])
-    return float(np.exp(-np.log(p_lm).mean())), float(np.exp(-np.log(p).mean())), float((p > p_lm).mean())
-
-
-def test_perplexity_is_that_of_the_single_predictions(store, model):
-    """With the datastore and without, and the share of tokens that became more probable."""
-    lm = KnnLM.load(store, model, **SHARED)
-    text = lms.book()[20_000:20_040]
-    ids = lm.encode(text).tolist()
-    assert 10 < len(ids) <= 33
-    found = perplexity(lm, text)
-    assert found.tokens == len(ids) - 1
-    np.testing.assert_allclose((found.lm, found.mixed, found.helped), perplexity_by_hand(lm, ids), rtol=1e-4)
-
-
-def test_perplexity_predicts_each_token_of_a_long_text_once(store, model):
-    """In windows of the store's context, half of it new; with λ = 0 both numbers are the model's own."""
-    lm = KnnLM.load(store, model, lmbda=0.0, temperature=9.0)
-    text = lms.book()[20_000:20_300]
-    ids = lm.encode(text).tolist()
-    log_p, begin, end = [], 0, 32
-    while begin < len(ids) - 1:
-        end = min(end, len(ids) - 1)
-        start = max(0, end - 32)
-        with torch.no_grad():
-            logits = model.model(torch.tensor([ids[start:end]])).logits[0].double().log_softmax(-1)
-        log_p += [float(logits[i - start, ids[i + 1]]) for i in range(begin, end)]
-        begin, end = end, end + 16
-    found = perplexity(lm, text)
-    assert found.tokens == len(log_p) == len(ids) - 1
-    np.testing.assert_allclose((found.lm, found.mixed), np.exp(-np.mean(log_p)), rtol=1e-4)
-    with pytest.raises(InvalidArgumentError, match="fewer than two tokens"):
-        perplexity(lm, "")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from knnstore.errors import DamageError, FormatError
 from knnstore.format import CODEC_NAMES, Codec
-from knnstore.storage.calibration import Calibration
+from knnstore.storage.calibration import Calibration, Gate
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.manifest import (
     SEED_MAX,
@@ -97,6 +97,17 @@ def manifests(draw: Any) -> Manifest:
             files=draw(files("lists.bin", "lists.dir", "values.bin", "contexts.lmdb")),
         )
         segments.append(SegmentRecord(content=content, runs=runs, dead=dead, sha256=draw(hexes(64))))
+    lambdas = st.floats(0.0, 1.0)
+    gates = st.one_of(
+        st.dictionaries(st.floats(0.0, 1e6), lambdas, min_size=1, max_size=3).map(
+            lambda points: Gate(kind="distance", distances=tuple(sorted(points)), lambdas=tuple(points[at] for at in sorted(points)))
+        ),
+        st.builds(
+            lambda weights, bias: Gate(kind="logistic", features=tuple(weights), weights=tuple(weights.values()), bias=bias),
+            st.dictionaries(text, number, max_size=3),
+            number,
+        ),
+    )
     calibration = st.builds(
         Calibration,
         lmbda=number,
@@ -110,6 +121,9 @@ def manifests(draw: Any) -> Manifest:
         made_by=text,
         tokens=size,
         perplexity=st.dictionaries(st.sampled_from(["lm", "knn", "mixed"]), number),
+        gate=st.none() | gates,
+        before=st.none() | gates,
+        weights=st.dictionaries(text, st.floats(0.0, 1e6), max_size=2),
     )
     return Manifest(
         uuid=draw(hexes(32)),
@@ -210,6 +224,9 @@ FULL = Manifest(
         made_by="create",
         tokens=4_096,
         perplexity={"lm": 30.5, "knn": 40.5, "mixed": 28.5},
+        gate=Gate(kind="distance", distances=(1.5, 20.5), lambdas=(0.75, 0.0)),
+        before=Gate(kind="logistic", features=("lm_max",), weights=(-0.5,), bias=0.25),
+        weights={"law": 2.5},
     ),
     k=1_024,
     nprobe=32,
@@ -251,6 +268,7 @@ def test_a_manifest_comes_back(manifest):
 # Objects in which any names are allowed, and fields that may be null.
 FREE = {("operation", "arguments"), ("operation", "counts"), ("tokens",)}
 NULLABLE = {"keep_keys", "parent", "revision", "tokenizer", "tokens", "coarse", "keys", "dtype", "windows", "calibration"}
+OPTIONAL = {("calibration", name) for name in ("gate", "before", "weights")}  # null is as if they were left out
 MEMBERS = {"files", "documents", "perplexity"}  # objects whose members may be any number
 NUMBERS = {"lambda", "temperature", "distortion", "lm", "knn", "mixed"}  # not whole ones only
 
@@ -287,6 +305,9 @@ def kind_of(value: Any) -> str:
 def test_a_missing_or_unknown_field_is_damage(at):
     if isinstance(at[-1], int) or (len(at) > 1 and at[-2] in MEMBERS):
         return  # of lists and tables, items may be left out
+    if at in OPTIONAL or at[:-1] == ("calibration", "weights"):
+        assert parse_manifest(seal(changed(FIELDS, at, ...)), "m") != FULL
+        return
     without = changed(FIELDS, at, ...)
     with pytest.raises(DamageError):
         parse_manifest(canonical(without) if at == ("check",) else seal(without), "m")
@@ -300,8 +321,10 @@ def test_a_field_of_another_type_is_damage(at):
     value = functools.reduce(lambda holder, step: holder[step], at, FIELDS)
     huge = 10**400  # beyond any float
     for replacement in [None, True, -1, 1.5, huge, "x", [], {}, ["x"], {"x": 1}]:
-        if replacement is None and (at[-1] in NULLABLE or at[-2:-1] == ("perplexity",)):
+        if replacement is None and (at[-1] in NULLABLE or at[-2:-1] == ("perplexity",) or at in OPTIONAL):
             continue
+        if at[:2] in OPTIONAL and kind_of(value) == kind_of(replacement) == "number" and replacement != huge:
+            continue  # what they may be is in test_manifest_ranges.py
         fits = kind_of(value) != "number" or (at[-1] in NUMBERS and replacement != huge)
         if kind_of(value) == kind_of(replacement) and (fits or (at == ("format",) and replacement == huge)):
             continue

@@ -107,6 +107,13 @@ def test_wheel_has_model_and_sample(wheel: Path) -> None:
         assert sizes[name] == (ROOT / name).stat().st_size, name
 
 
+def test_wheel_has_the_parts_of_pages(wheel: Path) -> None:
+    """Style and script of the pages that `generate --html` writes."""
+    sizes = wheel_sizes(wheel)
+    for name in ("pages.css", "pages.js"):
+        assert sizes[f"knnstore_cli/{name}"] == (ROOT / "cli" / name).stat().st_size
+
+
 @pytest.mark.timeout(300)
 def test_installs_give_the_package_and_no_cli(python: Path, tmp_path: Path) -> None:
     """Plain and editable: knnstore and knnstore_cli import, and outside the checkout there is no top-level `cli`."""

@@ -4,15 +4,13 @@ Distances of a real LM are of the order of hundreds and differ from model to mod
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from knnstore.build import DEFAULT_K, DEFAULT_NPROBE
+from knnstore.build import DEFAULT_K
 from knnstore.filters import RowRange, allowed_rows
-from knnstore.lm.distribution import knn_gold_log_probs, mix_gold
 from knnstore.lm.embed import Embedder, SegmentTokens, keys_and_gold
+from knnstore.lm.fitting import LAMBDAS, TEMPERATURES, HeldOut, joined, surface, typical_nearest
 from knnstore.progress import Progress, Stage
 from knnstore.search import check_keys, search
 from knnstore.storage.calibration import Calibration
@@ -24,18 +22,6 @@ HELD_OUT_TOKENS = 4_096  # tokens to fit two numbers on: λ and T are then stabl
 MIN_TOKENS = 256  # fewer tell too little: the defaults stay
 DEFAULT_LAMBDA = 0.1  # where nothing could be fitted: too small a weight to do harm
 MIN_DOCUMENTS = 8  # with fewer documents, only the text around a position is held out, not its whole document
-TEMPERATURES = 2.0 ** np.arange(-6.0, 3.01, 0.25)  # times the median distance of the nearest neighbour
-LAMBDAS = np.linspace(0.0, 0.95, 96)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Positions to fit on. distances, values: (n, k) of their neighbours; gold: (n,) token ids; log_p_lm: (n,) of the gold tokens."""
-
-    distances: NDArray[np.float32]
-    values: NDArray[np.int32]
-    gold: NDArray[np.int64]
-    log_p_lm: NDArray[np.float64]
 
 
 def calibrate(
@@ -43,6 +29,7 @@ def calibrate(
     tokens: Sequence[SegmentTokens],
     embedder: Embedder,
     *,
+    nprobe: int,
     domains: Sequence[str],
     seed: int,
     progress: Progress,
@@ -52,7 +39,7 @@ def calibrate(
     With 8 documents or more, a window's own document does not count among its neighbours; with fewer, the rows within two
     contexts of it (a quarter of a short document) do not.
     """
-    k, nprobe = DEFAULT_K, DEFAULT_NPROBE
+    k = DEFAULT_K
     with progress.stage("fitting λ and temperature", total=HELD_OUT_TOKENS, unit="tokens") as stage:
         held_out = _hold_out(segments, tokens, embedder, k=k, nprobe=nprobe, seed=seed, stage=stage)
         n = len(held_out.gold)
@@ -79,17 +66,9 @@ def calibrate(
 
 def fit(held_out: HeldOut) -> tuple[float, float, float]:
     """λ, temperature and the mixed perplexity they reach: the best of a grid over both."""
-    nearest, every = (part[np.isfinite(part)] for part in (held_out.distances[:, 0], held_out.distances))
-    # A corpus of copies has its neighbours at distance 0, which is no scale for those further off.
-    scale = max(float(np.median(nearest)), 1e-3 * float(np.median(every)), 1e-6)
-    best = (0.0, scale, np.inf)
-    for temperature in (TEMPERATURES * scale).tolist():
-        log_p_knn = knn_gold_log_probs(held_out.distances, held_out.values, held_out.gold, temperature=temperature)
-        loss = -mix_gold(held_out.log_p_lm, log_p_knn, LAMBDAS, found=held_out.values[:, 0] >= 0).mean(axis=0)  # (lambdas,)
-        at = int(loss.argmin())
-        if loss[at] < best[2]:
-            best = (float(LAMBDAS[at]), temperature, float(loss[at]))
-    return round(best[0], 4), float(f"{best[1]:.6g}"), float(np.exp(best[2]))
+    tried = surface(held_out, typical_nearest(held_out) * TEMPERATURES, LAMBDAS)
+    t, best = np.unravel_index(tried.perplexity.argmin(), tried.perplexity.shape)
+    return round(float(LAMBDAS[best]), 4), float(f"{tried.temperatures[t]:.6g}"), float(tried.perplexity[t, best])
 
 
 def _hold_out(
@@ -104,19 +83,19 @@ def _hold_out(
 ) -> HeldOut:
     excluded = _exclusion(tokens)
     k = min(k, sum(segment.content.entries for segment in segments))
-    parts: list[tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64], NDArray[np.float64]]] = []
+    parts: list[HeldOut] = []
     n = 0
     for number, window in _choose(tokens, seed):
         gold = tokens[number].targets(window)
         keys, log_p_lm = keys_and_gold(embedder.extractor, tokens[number].inputs(window), gold)
         allowed = allowed_rows(segments, exclude=excluded(number, window))
         hits = search(segments, allowed, check_keys(keys, keys.shape[1]), k=k, nprobe=nprobe)
-        parts.append((hits.distances, hits.values, gold, log_p_lm))
+        parts.append(HeldOut(hits.distances, hits.values, gold, log_p_lm))
         n += len(gold)
         stage.advance(len(gold))
         if n >= HELD_OUT_TOKENS:
             break
-    return HeldOut(*(np.concatenate([part[i] for part in parts]) for i in range(4)))
+    return joined(parts, ())
 
 
 def _choose(tokens: Sequence[SegmentTokens], seed: int) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ from knnstore.lm.models import LanguageModel, load_language_model
 from knnstore.lm.tokens import DocumentTokenizer
 from knnstore.progress import SILENT, Progress
 from knnstore.storage.catalog import StoreFolder
+from knnstore.storage.coarse import choose_nprobe
 from knnstore.storage.jobs import job_name, run_job
 from knnstore.storage.manifest import IndexOptions, Operation, WindowRule
 from knnstore.storage.segment import Segment
@@ -121,7 +122,8 @@ def create(
             for segment in segments:
                 stack.callback(segment.close)
             tokens = [SegmentTokens(segment.values, segment.contexts, **asdict(windows)) for segment in segments]
-            calibration = calibrate(segments, tokens, embedder, domains=[domain], seed=seed, progress=progress)
+            nprobe = choose_nprobe(reading.entries, 1 if coarse is None else coarse.nlist)
+            calibration = calibrate(segments, tokens, embedder, nprobe=nprobe, domains=[domain], seed=seed, progress=progress)
         start = blank_manifest(
             store_uuid,
             checkpoint=loaded.checkpoint,
@@ -130,6 +132,7 @@ def create(
             windows=windows,
             index=options,
             calibration=calibration,
+            nprobe=nprobe,
         )
         change = Change(
             operation=Operation(

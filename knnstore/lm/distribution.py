@@ -60,18 +60,20 @@ def neighbor_weights(
     Returns (n, k) float64; rows sum to 1, or to 0 where nothing was found.
     """
     temperature = check_temperature(temperature)
-    found = values >= 0
-    known = np.where(found, distances, np.inf).astype(np.float64)
+    known = np.where(values >= 0, distances, np.float32(np.inf))
     nearest = known.min(axis=1, keepdims=True, initial=np.inf)
     # Counted from the nearest, since a small temperature may make all of them infinite.
+    scores = np.subtract(np.where(np.isfinite(nearest), nearest, np.float32(0.0)), known, dtype=np.float64)  # (n, k)
     with np.errstate(over="ignore"):
-        scores = -(known - np.where(np.isfinite(nearest), nearest, 0.0)) / temperature  # (n, k)
+        scores /= temperature
     if log_weights is not None:
         scores += log_weights
-    top = scores.max(axis=1, keepdims=True, initial=-np.inf)
-    weights = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
+        top = scores.max(axis=1, keepdims=True, initial=-np.inf)
+        scores -= np.where(np.isfinite(top), top, 0.0)
+    weights: Array = np.exp(scores, out=scores)
     total = weights.sum(axis=1, keepdims=True)
-    return weights / np.where(total > 0.0, total, 1.0)
+    weights /= np.where(total > 0.0, total, 1.0)
+    return weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +122,20 @@ def token_sums(values: NDArray[np.int32], weights: Array) -> TokenSums:
     n, k = values.shape
     bits = max(1, (k - 1).bit_length())
     # One sort of whole numbers, token above place, is several times faster than a stable sort of tokens with their places.
-    order = np.sort((values.astype(np.int64) << bits) | np.arange(k), axis=1)
-    sorted_tokens = order >> bits
-    places = order & ((1 << bits) - 1)
-    begins = np.ones((n, k), bool)
-    begins[:, 1:] = sorted_tokens[:, 1:] != sorted_tokens[:, :-1]
-    flat = np.flatnonzero(begins)
-    if not len(flat):
+    kind = np.int32 if int(values.max(initial=0)) >> (31 - bits) == 0 else np.int64
+    order = np.sort((values.astype(kind) << bits) | np.arange(k, dtype=kind), axis=1).reshape(-1)
+    tokens = order >> bits
+    begins = np.ones(n * k, bool)
+    np.not_equal(tokens[1:], tokens[:-1], out=begins[1:])
+    begins[::k] = True
+    starts = np.flatnonzero(begins)
+    if not len(starts):
         return TokenSums(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), n)
-    sums = np.add.reduceat(np.take_along_axis(weights, places, 1).reshape(-1), flat)
+    places = (order & ((1 << bits) - 1)) + np.repeat(np.arange(n) * k, k)
+    sums = np.add.reduceat(weights.reshape(-1)[places], starts)
     kept = sums > 0.0  # a value of -1 has weight 0
-    return TokenSums(flat[kept] // k, sorted_tokens.reshape(-1)[flat[kept]], sums[kept], n)
+    starts = starts[kept]
+    return TokenSums(starts // k, tokens[starts].astype(np.int64), sums[kept], n)
 
 
 def knn_log_probs(

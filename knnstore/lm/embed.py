@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from knnstore.lm.keys import KeyExtractor
+from knnstore.lm.mixing import gold_log_probs
 from knnstore.lm.models import LanguageModel
 from knnstore.lm.windows import Windows, batches, plan_windows
 from knnstore.storage.arrays import MappedArray
@@ -80,11 +81,8 @@ def keys_and_gold(
 
     ids: (t,) what the model sees. gold: (n,) what follows its last n positions. Returns (n, dim) float32 and (n,) float64.
     """
-    device = extractor.model.device
-    keys, logits = extractor.keys_and_logits(torch.from_numpy(ids)[None].to(device), last=len(gold))
-    of_gold = logits[0].gather(1, torch.from_numpy(gold)[:, None].to(device))[:, 0]
-    log_p = (of_gold - logits[0].logsumexp(-1)).double().cpu().numpy()  # nothing as large as the logits is made again
-    return keys[0].float().cpu().numpy(), log_p
+    keys, logits = extractor.keys_and_logits(torch.from_numpy(ids)[None].to(extractor.model.device), last=len(gold))
+    return keys[0].float().cpu().numpy(), gold_log_probs(logits[0], gold, views=False)[0]
 
 
 def right_padded(inputs: Sequence[NDArray[np.int64]], device: torch.device) -> torch.Tensor:

@@ -16,7 +16,7 @@ from knnstore.storage.checkpoint import KeyLayer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FINAL", "KeyExtractor", "check_finite", "find_key_layer", "key_input", "keys_by_position"]
+__all__ = ["FINAL", "KeyExtractor", "check_finite", "find_key_layer", "is_own_pass", "key_input", "keys_by_position"]
 
 FINAL = "final"
 """Name of the key layer that is the input of the LM head."""
@@ -51,12 +51,13 @@ class KeyExtractor:
     """Takes keys from one model at one layer.
 
     Nothing of the model is replaced: a hook is there during a call and gone after it, also after an error. Calls from
-    several threads do not see each other's keys. The model should be in `eval` mode.
+    several threads do not see each other's keys. Logits are the model's own, also while a KnnLM is attached to it. The model should
+    be in `eval` mode. key, module: the key layer, and whose input the keys are.
     """
 
     def __init__(self, model: "PreTrainedModel", layer: str | None = None) -> None:
         self.model = model
-        self.key, self._module = find_key_layer(model, layer)
+        self.key, self.module = find_key_layer(model, layer)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def keys(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -66,15 +67,15 @@ class KeyExtractor:
         padding on the right it may be left out, since no position sees the ones after it.
         Returns (batch, length, dim) in the model's dtype. Raises ModelError for a key that is not finite.
         """
-        keys = _trunk_keys(self.model, self._module, input_ids, attention_mask)  # (b, t, dim)
+        keys = _trunk_keys(self.model, self.module, input_ids, attention_mask)  # (b, t, dim)
         check_finite(keys, layer=self.key.layer, attention_mask=attention_mask)
         return keys
 
     def keys_and_logits(self, input_ids: Tensor, *, last: int, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and logits of the `last` positions, from one pass of the whole model.
 
-        input_ids and attention_mask as for `keys`. Returns (batch, last, dim) in the model's dtype and
-        (batch, last, vocab) float32. Raises ModelError for a key that is not finite, InvalidArgumentError for a `last` out of range.
+        input_ids and attention_mask as for `keys`. Returns (batch, last, dim) and (batch, last, vocab), both in the
+        model's dtype. Raises ModelError for a key that is not finite, InvalidArgumentError for a `last` out of range.
         """
         length = input_ids.shape[1]
         if not 1 <= last <= length:
@@ -82,11 +83,16 @@ class KeyExtractor:
         arguments: dict[str, Any] = {"logits_to_keep": last} if self._takes_logits_to_keep else {}
         # The LM head sees only the positions kept: there, `final` keys are as many as the logits.
         seen = last if self.key.layer == FINAL and self._takes_logits_to_keep else length
-        with torch.inference_mode(), _captured(self._module, stop=False) as taken:
+        with torch.inference_mode(), _captured(self.module, stop=False) as taken:
             output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **arguments)
-        keys = keys_by_position(taken[-1], batch=input_ids.shape[0], length=seen)[:, -last:]  # (b, last, dim)
+        keys = keys_by_position(taken[0], batch=input_ids.shape[0], length=seen)[:, -last:]  # (b, last, dim)
         check_finite(keys, layer=self.key.layer, attention_mask=None if attention_mask is None else attention_mask[:, -last:])
-        return keys, output.logits[:, -last:].float()  # (b, last, vocab)
+        return keys, output.logits[:, -last:]  # (b, last, vocab)
+
+
+def is_own_pass() -> bool:
+    """Whether this thread is in a pass that takes keys, whose logits must be the model's own."""
+    return _own.passes > 0
 
 
 def key_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,6 +131,13 @@ def check_finite(keys: Tensor, *, layer: str, attention_mask: Tensor | None = No
     raise ModelError(f"{int((~positions).sum())} of {positions.numel()} keys at layer {layer} are not finite in {dtype}. {advice}")
 
 
+class _OwnPasses(threading.local):
+    passes = 0
+
+
+_own = _OwnPasses()
+
+
 class _KeysTaken(BaseException):
     """Ends a forward pass at the key layer. Not an Exception, so that no model code catches it on the way out."""
 
@@ -135,17 +148,20 @@ def _captured(module: nn.Module, *, stop: bool) -> Iterator[list[Any]]:
     taken: list[Any] = []
     thread = threading.get_ident()
 
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # torch may call a hook that another thread is adding or removing without kwargs.
         if threading.get_ident() != thread:
             return
-        taken.append(key_input(args, kwargs))
+        taken.append(key_input(args, kwargs or {}))
         if stop:
             raise _KeysTaken
 
     hook = module.register_forward_pre_hook(take, with_kwargs=True)
+    _own.passes += 1
     try:
         yield taken
     finally:
+        _own.passes -= 1
         hook.remove()
 
 
@@ -192,7 +208,7 @@ def _lm_head(model: "PreTrainedModel") -> nn.Module:
 
 def _module_at(model: "PreTrainedModel", name: str) -> tuple[str, nn.Module]:
     trunk = model.base_model
-    below = dict(trunk.named_modules())
+    below = dict(trunk.named_modules(remove_duplicate=False))  # blocks may share a part
     if name and name in below:
         return name, below[name]
     module = dict(model.named_modules()).get(name) if name else None

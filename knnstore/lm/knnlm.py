@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 
 from knnstore import filters
 from knnstore.errors import InvalidArgumentError, ModelError
+from knnstore.lm.attaching import attached
 from knnstore.lm.checkpoint import check_same_checkpoint
 from knnstore.lm.embed import right_padded
+from knnstore.lm.generation import generate
 from knnstore.lm.keys import KeyExtractor
-from knnstore.lm.mixing import mix_gold_tokens, mix_logits
+from knnstore.lm.mixing import mix_gold_tokens, mix_logits, view_of
 from knnstore.lm.models import LanguageModel
 from knnstore.lm.opening import check_width, computed_dtype, load_model_of
+from knnstore.lm.retrieval import Found, retriever_for
 from knnstore.lm.scoring import score_documents
 from knnstore.lm.settings import Settings, settings_of
 from knnstore.lm.tokens import DocumentTokenizer
@@ -191,6 +195,11 @@ class KnnLM:
             exact=settings.exact,
         )
 
+    def _found(self, keys: NDArray[np.float32], logits: torch.Tensor, came: NDArray[np.int64]) -> Found:
+        """Neighbours of positions that have nothing to do with each other."""
+        view = view_of(torch.log_softmax(logits, -1)) if self.settings.retrieval == "confident" else None
+        return retriever_for(self.store, self.settings).find(keys, view, sequence=np.arange(len(keys)), came=came)
+
     def predict(self, contexts: Contexts) -> Step:
         """Distributions of the next token after one context, or after each of several.
 
@@ -199,8 +208,9 @@ class KnnLM:
         """
         single, inputs = self._inputs(contexts)
         keys, logits = self._last_positions(inputs)
-        neighbors = self.search(keys)
-        mixed = mix_logits(torch.from_numpy(logits), neighbors, self.settings, dtype=torch.float64)
+        scores = torch.from_numpy(logits)
+        neighbors = self._found(keys, scores, came=np.array([ids[-1] for ids in inputs])).neighbors
+        mixed = mix_logits(scores, neighbors, self.settings, dtype=torch.float64)
         p_lm, p = mixed.log_p_lm.exp().numpy(), mixed.log_p.exp().numpy()
         p_knn = mixed.sums.dense(self.language_model.vocab_size)
         if single:
@@ -220,11 +230,27 @@ class KnnLM:
         pieces = score_documents(
             self.extractor, [ids], vocab_size=self.language_model.vocab_size, context=self.context, stride=stride, views=True
         )
-        parts = []
+        retriever, parts = retriever_for(self.store, self.settings, places=False), []
         for piece in pieces:
-            mixed = mix_gold_tokens(piece.gold, piece.log_p_lm, piece.view, self.search(piece.keys), self.settings)
+            found = retriever.find(piece.keys, piece.view, sequence=piece.window, came=piece.before)
+            mixed = mix_gold_tokens(piece.gold, piece.log_p_lm, piece.view, found.neighbors, self.settings)
             parts.append((piece.log_p_lm, mixed.log_p_knn, mixed.log_p, mixed.lmbda))
         return Score(ids, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def generate(self, prompts: Any, *, attribute: bool = False, **options: Any) -> Any:
+        """A prompt (text or token ids) and its continuation as text; for a list of prompts, a list.
+
+        options: anything the model's own `generate` takes, such as max_new_tokens, num_beams, do_sample, num_return_sequences (over 1: a
+        list for each prompt). attribute: a `Trace` for each text, which says where its tokens come from. See `generation.generate`.
+        """
+        return generate(self, prompts, attribute=attribute, **options)
+
+    def attached(self) -> "AbstractContextManager[PreTrainedModel]":
+        """While it lasts, the model's own forward pass gives log p of LM and datastore, whoever calls it. Gives the model.
+
+        All is undone on exit. See `attaching.attached`.
+        """
+        return attached(self)
 
     def _inputs(self, contexts: Contexts) -> tuple[bool, list[NDArray[np.int64]]]:
         """Whether one context was given, and the ids of each."""

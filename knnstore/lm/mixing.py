@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnstore.lm.distribution import TokenSums, neighbor_weights, token_sums
-from knnstore.lm.gates import gate_lambdas, nearness
+from knnstore.lm.gates import gate_lambdas, remoteness
 from knnstore.lm.settings import Settings
 from knnstore.neighbors import Neighbors
 from knnstore.storage.calibration import LOGISTIC
+from knnstore.threads import over_blocks
 
-__all__ = ["LmView", "Mixed", "MixedGold", "features_of", "mix_gold_tokens", "mix_logits", "view_of"]
+__all__ = ["LmView", "Mixed", "MixedGold", "features_of", "gold_log_probs", "mix_gold_tokens", "mix_logits", "view_of"]
 
 Array = NDArray[np.float64]
+
+LOGIT_CELLS = 1 << 18  # logits looked at together on a CPU: 1 MB in float32 stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,41 @@ class MixedGold:
 def view_of(log_p_lm: Tensor) -> LmView:
     """What a gate knows of log p_LM (n, vocab)."""
     log_max, top = log_p_lm.max(-1)
-    # A token of probability 0 adds nothing: 0 times -inf is no number.
-    entropy = torch.special.entr(log_p_lm.exp()).sum(-1)
+    p = log_p_lm.exp()
+    entropy = -torch.linalg.vecdot(p, log_p_lm)
+    if not bool(torch.isfinite(entropy).all()):  # a token of probability 0 adds nothing, but 0 times -inf is no number
+        entropy = torch.special.entr(p).sum(-1)
     return LmView(top.cpu().numpy(), log_max.double().cpu().numpy(), entropy.double().cpu().numpy())
+
+
+@torch.inference_mode()
+def gold_log_probs(logits: Tensor, gold: NDArray[np.int64], *, views: bool) -> tuple[Array, LmView | None]:
+    """log p_LM of one token for each position, (n,) float64, and what gates know of p_LM if views are wanted.
+
+    logits: (n, vocab) of any dtype; computed in float32. Nothing as large as the logits is made again: block by block on a CPU.
+    """
+    n, vocab_size = logits.shape
+    rows = max(1, LOGIT_CELLS // vocab_size if logits.device.type == "cpu" else n)
+    wanted = torch.from_numpy(gold)[:, None].to(logits.device)
+    parts, seen = [], []
+    for at in range(0, max(1, n), rows):
+        block = logits[at : at + rows].float()
+        most, top = block.max(-1, keepdim=True)
+        shifted = block - most
+        p = shifted.exp()  # the one exponential: sum, gold and entropy come from it
+        total = p.sum(-1)
+        log_total = total.log()
+        parts.append((shifted.gather(1, wanted[at : at + rows])[:, 0] - log_total).double().cpu().numpy())
+        if views:
+            entropy = log_total - torch.linalg.vecdot(p, shifted) / total
+            if not bool(torch.isfinite(entropy).all()):  # a token of probability 0 adds nothing, but 0 times -inf is no number
+                entropy = torch.special.entr(p / total[:, None]).sum(-1)
+            seen.append(LmView(*(item.cpu().numpy() for item in (top[:, 0], -log_total.double(), entropy.double()))))
+    if not views:
+        return np.concatenate(parts), None
+    return np.concatenate(parts), LmView(
+        *(np.concatenate([getattr(view, name) for view in seen]) for name in ("top", "log_max", "entropy"))
+    )
 
 
 def mix_logits(logits: Tensor, neighbors: Neighbors, settings: Settings, *, dtype: torch.dtype = torch.float32) -> Mixed:
@@ -79,21 +114,30 @@ def mix_logits(logits: Tensor, neighbors: Neighbors, settings: Settings, *, dtyp
 
 def mix_gold_tokens(gold: NDArray[np.int64], log_p_lm: Array, view: LmView | None, neighbors: Neighbors, settings: Settings) -> MixedGold:
     """log p of one token for each query. gold, log_p_lm: (n,). view: of the LM; needed only where the gate is logistic."""
+
+    def of_block(at: slice) -> tuple[Array, Array, Array]:
+        return _gold_block(gold[at], log_p_lm[at], None if view is None else view[at], neighbors[at], settings)
+
+    parts = over_blocks(of_block, len(gold), width=neighbors.k)
+    return MixedGold(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def _gold_block(
+    gold: NDArray[np.int64], log_p_lm: Array, view: LmView | None, neighbors: Neighbors, settings: Settings
+) -> tuple[Array, Array, Array]:
     weights = neighbor_weights(neighbors.distances, neighbors.values, temperature=settings.temperature, log_weights=neighbors.log_weights)
-    if settings.gate is not None and settings.gate.kind == LOGISTIC:
-        sums = token_sums(neighbors.values, weights)
-        p_knn, lmbda = sums.of(gold), _lambdas(view, sums, neighbors, settings)
-    else:
-        p_knn, lmbda = np.where(neighbors.values == gold[:, None], weights, 0.0).sum(axis=1), _lambdas(view, None, neighbors, settings)
+    sums = token_sums(neighbors.values, weights) if settings.gate is not None and settings.gate.kind == LOGISTIC else None
+    lmbda = _lambdas(view, sums, neighbors, settings)
+    same = neighbors.values == gold[:, None].astype(np.int32)
     with np.errstate(divide="ignore"):
-        log_p_knn = np.log(p_knn)
-        return MixedGold(log_p_knn, np.logaddexp(np.log(lmbda) + log_p_knn, np.log1p(-lmbda) + log_p_lm), lmbda)
+        log_p_knn = np.log(np.einsum("nk,nk->n", weights, same))
+        return log_p_knn, np.logaddexp(np.log(lmbda) + log_p_knn, np.log1p(-lmbda) + log_p_lm), lmbda
 
 
 def features_of(view: LmView, sums: TokenSums, nearest: NDArray[np.float32], temperature: float) -> dict[str, Array]:
     """What gates decide by, (n,) float64 each, by name (`gates.FEATURES`). nearest: (n,) squared L2 of the nearest neighbour."""
     return {
-        "nearest": nearness(nearest, temperature),
+        "nearest": remoteness(nearest, temperature),
         "knn_entropy": sums.entropy(),
         "knn_max": sums.largest(),
         "lm_max": view.log_max,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from knnstore.lm.embed import TOKENS_PER_BATCH, right_padded
 from knnstore.lm.keys import KeyExtractor
-from knnstore.lm.mixing import LmView, view_of
+from knnstore.lm.mixing import LmView, gold_log_probs
 from knnstore.lm.windows import Windows, batches, plan_windows
 
 __all__ = ["Positions", "score_documents"]
@@ -118,11 +118,9 @@ def _score(extractor: KeyExtractor, waiting: list[tuple[int, Ids, int]], planned
         inputs = [waiting[source[w]][1][starts[w] : stops[w]] for w in batch.tolist()]
         rows = np.concatenate([np.arange(ends[w] - counts[w], ends[w]) for w in batch.tolist()])
         keys[rows], logits = _run(extractor, inputs, counts[batch])
-        of_gold = logits.gather(1, torch.from_numpy(gold[rows])[:, None].to(logits.device))[:, 0]
-        total = logits.logsumexp(-1)
-        log_p[rows] = (of_gold - total).double().cpu().numpy()
-        if view is not None:
-            view[rows] = view_of(logits.sub_(total[:, None]))
+        log_p[rows], of_batch = gold_log_probs(logits, gold[rows], views=views)
+        if view is not None and of_batch is not None:
+            view[rows] = of_batch
     return Positions(
         document=np.array([number for number, _, _ in waiting], np.int64)[source[window]],
         index=index,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from knnstore.format import BLOCK_ENTRIES
 
-__all__ = ["ORDER", "block_bytes", "faiss_packs_alike", "pack", "unpack"]
+__all__ = ["ORDER", "block_bytes", "faiss_packs_alike", "pack", "single_codes", "unpack"]
 
 Bytes = NDArray[np.uint8]
 
@@ -42,6 +42,19 @@ def unpack(blocks: Bytes) -> Bytes:
     low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
     entries = np.concatenate((low[:, :, _UNORDER], high[:, :, _UNORDER]), axis=2)  # (b, width, 32)
     return np.ascontiguousarray(entries.transpose(0, 2, 1)).reshape(len(blocks) * BLOCK_ENTRIES, width)
+
+
+def single_codes(raw: Bytes, begins: NDArray[np.int64], entries: NDArray[np.int64], n_sub: int) -> Bytes:
+    """Codes of single entries of packed lists, (n, ceil(n_sub / 2)) u8 as encoded.
+
+    raw: bytes that hold the lists; begins: (n,) where each entry's list begins there; entries: (n,) its place in the list.
+    """
+    within = entries % BLOCK_ENTRIES
+    at = begins + entries // BLOCK_ENTRIES * block_bytes(n_sub) + _UNORDER[within % 16]
+    even = at[:, None] + 32 * np.arange((n_sub + 1) // 2)  # bytes of the sub-codes 0, 2, 4 …
+    shift = (within >= 16).astype(np.uint8)[:, None] * np.uint8(4)
+    codes: Bytes = ((raw[even] >> shift) & 15) | ((raw[even + 16] >> shift) << 4)
+    return codes
 
 
 def faiss_packs_alike(n_sub: int) -> bool:

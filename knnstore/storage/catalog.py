@@ -100,12 +100,14 @@ class StoreFolder:
 class Pin:
     """A shared lock on a manifest: while it is held, the snapshot's files stay."""
 
+    _close = staticmethod(os.close)  # at the end of a script `os` may be gone before the last pin
+
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def release(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            self._close(self._fd)
             self._fd = -1
 
     def __del__(self) -> None:

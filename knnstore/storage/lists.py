@@ -32,7 +32,7 @@ from knnstore.format import (
     parse_header,
 )
 from knnstore.storage.arrays import map_file, read_array, write_array
-from knnstore.storage.blocks import block_bytes, faiss_packs_alike, pack, unpack
+from knnstore.storage.blocks import block_bytes, faiss_packs_alike, pack, single_codes, unpack
 from knnstore.storage.files import FileWriter
 from knnstore.storage.rows import RangeSet, contains
 from knnstore.storage.space import Space
@@ -206,6 +206,20 @@ class MappedLists:
         self.check(np.array([number]))
         n = int(self.sizes[number])
         return self._codes(number, 0, n), self._labels(number)
+
+    def labels(self, number: int) -> Labels:
+        """One list's labels, (n,) int64, checked."""
+        self.check(np.array([number]))
+        return self._labels(number)
+
+    def at(self, numbers: Labels, within: Labels) -> tuple[NDArray[np.uint8], Labels]:
+        """Codes as encoded (n, code_size) u8 and labels (n,) int64 of single entries, by list and place in it, both (n,); checked."""
+        self.check(numbers)
+        begins = self.offsets[numbers]
+        labels = self._raw[: len(self._raw) // 8 * 8].view("<i8")[(begins + self.capacities[numbers] * self._width) // 8 + within]
+        if self._space.codec is Codec.PQ4:
+            return single_codes(self._raw, begins, within, self._space.n_sub), labels
+        return self._raw[(begins + within * self._width)[:, None] + np.arange(self._width)], labels
 
     def _labels(self, number: int) -> Labels:
         cut = int(self.capacities[number]) * self._width
