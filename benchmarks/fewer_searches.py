@@ -97,7 +97,7 @@ def plot(fields: dict[str, Any], path: Path) -> None:
 @click.argument("texts", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--tokens", default=20_000, show_default=True)
 @click.option("--min-knns", default="1,2,4,8,16,32,64,128,256", show_default=True)
-@click.option("--thresholds", default="0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5", show_default=True)
+@click.option("--thresholds", default="0.2,0.225,0.25,0.275,0.3,0.325,0.35,0.375,0.4,0.45", show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(

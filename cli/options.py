@@ -166,9 +166,9 @@ def retrieval_options(command: F) -> F:
             show_default=True,
             help="Search for every token; or go on from the neighbours of the token before; or only where the gate expects a gain.",
         ),
-        click.option("--min-knns", metavar="N", type=int, help="pointers: search again where fewer of them go on.  [default: 16]"),
+        click.option("--min-knns", metavar="N", type=int, help="pointers: search again where fewer of them go on.  [default: 4]"),
         click.option(
-            "--threshold", metavar="WEIGHT", type=float, help="confident: search where a λ of this or more is expected.  [default: 0.1]"
+            "--threshold", metavar="P", type=float, help="confident: search where it pays with this probability.  [default: 0.25]"
         ),
     )(command)
 

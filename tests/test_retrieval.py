@@ -10,7 +10,8 @@ import pytest
 import stores
 
 import knnstore
-from knnstore import EntryDocument, RowRange
+from knnstore import EntryDocument, RowRange, filters
+from knnstore.following import Follower
 from knnstore.lm.mixing import LmView
 from knnstore.lm.retrieval import Found, Retriever, retriever_for
 from knnstore.lm.settings import Settings
@@ -178,6 +179,21 @@ def test_pointers_are_those_of_retomaton(store, min_knns, options):
         np.testing.assert_allclose(found.neighbors.log_weights[found.neighbors.values >= 0], np.log(2.0), rtol=1e-6)
     else:
         assert found.neighbors.log_weights is None
+
+
+@pytest.mark.parametrize("options", [{}, {"domains": {"law": 2.0, "poems": 0.0}}, {"exclude": ("d4",)}], ids=["all", "domain", "exclude"])
+def test_what_comes_next_is_the_next_entry_of_the_document_that_counts(store, options):
+    """Of every row of every segment, also the last of a segment, whose document goes on in another."""
+    settings = settings_for(store, **options)
+    entries = entries_that_count(store, settings.domains, set(settings.exclude))
+    everything = entries_that_count(store, None, set())
+    allowed = filters.allowed_rows(store.segments, weights=settings.domains, exclude=settings.exclude)
+    follower = Follower(store.segments, store.stacks, allowed, exact=store.exact)
+    places = sorted(everything)
+    found = follower.has_next(np.array([number for number, _ in places], np.int32), np.array([row for _, row in places]))
+    wanted = [(n, row + 1) in entries and everything[n, row + 1][0] == everything[n, row][0] for n, row in places]
+    assert found.tolist() == wanted
+    assert 0 < sum(wanted) < len(places)
 
 
 def test_sequences_do_not_touch_each_other(store):

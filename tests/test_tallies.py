@@ -18,8 +18,8 @@ tokens = st.tuples(
     st.floats(1e-6, 1.0),
     st.one_of(st.none(), st.just(0.0), st.floats(1e-6, 1.0)),
     st.one_of(st.none(), st.just(0.0), st.floats(1e-6, 1.0)),
-    st.floats(0.0, 1.0),
-    st.floats(0.0, 0.99),
+    st.one_of(st.just(0.0), st.floats(1e-6, 1.0)),
+    st.one_of(st.just(0.0), st.floats(1e-6, 0.99)),
     st.integers(0, 3),
 )
 

@@ -126,8 +126,8 @@ class KnnLM:
 
         k, nprobe, lmbda, temperature, domains: None for the calibration's; with a lmbda of one's own its gate is not used. retrieval:
         `full` searches at every position, `pointers` follows the neighbours of the step before while min_knns of them are left,
-        `confident` searches where λ is expected to be threshold or more. dtype: None for what the keys were computed in, or what a model in
-        memory has.
+        `confident` searches where that pays with a probability of threshold or more. dtype: None for what the keys were computed in,
+        or what a model in memory has.
         Raises CheckpointMismatchError for another checkpoint (unless allowed, which warns), InvalidArgumentError for settings out
         of range or missing, NotFoundError, ModelError, DamageError.
         """

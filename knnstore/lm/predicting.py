@@ -118,7 +118,7 @@ class Prediction:
         gold, log_p_lm = piece.gold[at], piece.log_p_lm[at]
         view = None if piece.view is None else piece.view[at]
         begin = perf_counter()
-        found = retriever.find(piece.keys[at], view, sequence=piece.document[at], came=piece.before[at])
+        found = retriever.find(piece.keys[at], view, sequence=piece.window[at], came=piece.before[at])
         mixed = mix_gold_tokens(gold, log_p_lm, view, found.neighbors, self._lm.settings)
         end = perf_counter()
         self.n_searched += int(found.searched.sum())

@@ -20,7 +20,7 @@ __all__ = ["Found", "Retriever", "retriever_for"]
 Keys = NDArray[np.float32]
 Numbers = NDArray[np.int64]
 
-LISTS_SHARE = 8  # of the lists of a search, one in this many is looked into where pointers are followed: measured, docs/fewer-searches.md
+LISTS_SHARE = 8  # of the lists of a search, one in this many is looked into where pointers are followed: measured, docs/evaluation.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Retriever:
 
 
 class ConfidentRetriever(Retriever):
-    """Searches where the λ to be expected, by the LM alone, is the threshold or more."""
+    """Searches where it is as probable as the threshold, by the LM alone, that a search pays."""
 
     def _find(self, keys: Keys, view: LmView | None, sequence: Numbers, came: Numbers) -> Found:
         settings = self._settings

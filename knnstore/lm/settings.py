@@ -16,17 +16,17 @@ from knnstore.store import Datastore
 __all__ = ["RETRIEVALS", "Settings", "settings_of"]
 
 RETRIEVALS = ("full", "pointers", "confident")
-MIN_KNNS = 16  # pointers: fewer than these left of a step's neighbours, and the next step is searched
-THRESHOLD = 0.1  # confident: λ that must be expected for a search to be made
+MIN_KNNS = 4  # pointers: with fewer left of a step's neighbours, the next step is searched (docs/evaluation.md)
+THRESHOLD = 0.25  # confident: how probable it must be that a search pays; higher ones save more, and cost more
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """How neighbours are searched and mixed in.
 
-    gate: λ of each query; None for lmbda everywhere. before: λ to be expected before a search, for retrieval "confident". domains:
-    weights of those that are searched, None for all at weight 1. retrieval: `full`, `pointers` or `confident`. min_knns, threshold:
-    of the last two.
+    gate: λ of each query; None for lmbda everywhere. before: how probable it is, by the LM alone, that a search pays; for retrieval
+    `confident`. domains: weights of those that are searched, None for all at weight 1. retrieval: `full`, `pointers` or `confident`.
+    min_knns, threshold: of the last two.
     """
 
     k: int

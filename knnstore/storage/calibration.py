@@ -46,7 +46,7 @@ class Calibration:
 
     lmbda: where there is no gate. temperature: in units of squared distance. status: `fresh`, `stale` (the store changed since) or
     `default` (too little text to fit on). made_by: the command. tokens: how many it was fitted on. perplexity: {lm, knn, mixed} on
-    those, or empty. gate: λ of each query, None for lmbda everywhere. before: the λ to be expected before a search, by the LM alone.
+    those, or empty. gate: λ of each query, None for lmbda everywhere. before: how probable it is, by the LM alone, that a search pays.
     weights: of domains; one that is not named has 1.
     """
 
