@@ -1,23 +1,20 @@
 """Laws of the kNN distribution and of mixing, against loops over one neighbour at a time."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from knnstore.errors import InvalidArgumentError
-from knnstore.lm.distribution import (
-    check_lambda,
-    check_temperature,
-    knn_gold_log_probs,
-    knn_log_probs,
-    log_softmax,
-    mix,
-    mix_gold,
-    neighbor_weights,
-)
+from knnstore.lm.distribution import check_lambda, check_temperature, neighbor_weights, token_sums
+from knnstore.lm.mixing import Mixed, mix_gold_tokens, mix_logits
+from knnstore.lm.settings import Settings
+from knnstore.neighbors import Neighbors
+from knnstore.storage.calibration import Gate
 
 VOCAB = 7
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -38,10 +35,32 @@ def by_hand(distances, values, temperature, log_weights=None) -> tuple[np.ndarra
     return weights, probabilities
 
 
+def p_knn(distances, values, temperature, log_weights=None) -> np.ndarray:
+    """(n, VOCAB), by the functions that are tested."""
+    return token_sums(values, neighbor_weights(distances, values, temperature=temperature, log_weights=log_weights)).dense(VOCAB)
+
+
+def as_found(distances, values) -> Neighbors:
+    """As a search gives them: the nearest first, those that are none last."""
+    order = np.argsort(np.where(values >= 0, distances, np.inf), axis=1, kind="stable")
+    distances, values = np.take_along_axis(distances, order, 1), np.take_along_axis(values, order, 1)
+    return Neighbors(distances, values, values, values.astype(np.int64), None, ())
+
+
+def mixed(log_lm, neighbors, *, lmbda=0.5, temperature=10.0, gate=None) -> Mixed:
+    settings = Settings(k=neighbors.k, nprobe=1, lmbda=lmbda, temperature=temperature, gate=gate)
+    return mix_logits(torch.from_numpy(log_lm), neighbors, settings, dtype=torch.float64)
+
+
+def random_log_probs(seed: int, n: int) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(0, 5, (n, VOCAB))
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
 @st.composite
-def neighbours(draw, *, min_rows: int = 1):
+def neighbours(draw, *, min_rows: int = 1, least: int = 0):
     """(distances, values) of up to 4 queries, 0 to 6 neighbours each, some of them missing, with ties and large distances."""
-    n, k = draw(st.integers(min_rows, 4)), draw(st.integers(0, 6))
+    n, k = draw(st.integers(min_rows, 4)), draw(st.integers(least, 6))
     cells = st.sampled_from([0.0, 1.0, 1e-30, 54.0, 1e6, 3e38]) | st.floats(0, 1e5, width=32)
     distances = np.array(draw(st.lists(st.lists(cells, min_size=k, max_size=k), min_size=n, max_size=n)), np.float32).reshape(n, k)
     values = np.array(draw(st.lists(st.lists(st.integers(-1, VOCAB - 1), min_size=k, max_size=k), min_size=n, max_size=n)), np.int32)
@@ -58,11 +77,9 @@ def test_a_small_example_worked_out_on_paper():
     distances = np.array([[0.0, 10.0 * math.log(2), 10.0 * math.log(4)]], np.float32)
     values = np.array([[2, 5, 2]], np.int32)
     np.testing.assert_allclose(neighbor_weights(distances, values, temperature=10.0), [[4 / 7, 2 / 7, 1 / 7]], **CLOSE)
-    log_p = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=10.0)
-    np.testing.assert_allclose(np.exp(log_p), [[0, 0, 5 / 7, 0, 0, 2 / 7, 0]], **CLOSE)
-    assert np.isneginf(log_p[0, [0, 1, 3, 4, 6]]).all()
-    mixed = np.exp(mix(np.log(np.full((1, VOCAB), 1 / VOCAB)), log_p, 0.25))
-    np.testing.assert_allclose(mixed[0, [0, 2, 5]], [0.75 / 7, 0.75 / 7 + 0.25 * 5 / 7, 0.75 / 7 + 0.25 * 2 / 7], **CLOSE)
+    np.testing.assert_allclose(p_knn(distances, values, 10.0), [[0, 0, 5 / 7, 0, 0, 2 / 7, 0]], **CLOSE)
+    p = mixed(np.log(np.full((1, VOCAB), 1 / VOCAB)), as_found(distances, values), lmbda=0.25).log_p.exp().numpy()
+    np.testing.assert_allclose(p[0, [0, 2, 5]], [0.75 / 7, 0.75 / 7 + 0.25 * 5 / 7, 0.75 / 7 + 0.25 * 2 / 7], **CLOSE)
 
 
 @given(found=neighbours(), temperature=temperatures)
@@ -71,10 +88,7 @@ def test_weights_and_tokens_are_those_by_hand(found, temperature):
     distances, values = found
     weights, probabilities = by_hand(distances.astype(float).tolist(), values.tolist(), temperature)
     np.testing.assert_allclose(neighbor_weights(distances, values, temperature=temperature), weights, **CLOSE)
-    log_p = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature)
-    assert log_p.shape == (len(values), VOCAB)
-    assert log_p.dtype == np.float64
-    np.testing.assert_allclose(np.exp(log_p), probabilities, **CLOSE)
+    np.testing.assert_allclose(p_knn(distances, values, temperature), probabilities, **CLOSE)
 
 
 @given(found=neighbours(), temperature=temperatures, seed=st.integers(0, 9))
@@ -84,8 +98,7 @@ def test_log_weights_multiply_the_neighbours_weights(found, temperature, seed):
     logs = np.random.default_rng(seed).normal(0, 3, values.shape).astype(np.float32)
     weights, probabilities = by_hand(distances.astype(float).tolist(), values.tolist(), temperature, logs)
     np.testing.assert_allclose(neighbor_weights(distances, values, temperature=temperature, log_weights=logs), weights, **CLOSE)
-    log_p = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature, log_weights=logs)
-    np.testing.assert_allclose(np.exp(log_p), probabilities, **CLOSE)
+    np.testing.assert_allclose(p_knn(distances, values, temperature, logs), probabilities, **CLOSE)
 
 
 @given(found=neighbours(), temperature=temperatures)
@@ -94,8 +107,7 @@ def test_each_row_sums_to_one_or_to_nothing(found, temperature):
     distances, values = found
     expected = (values >= 0).any(axis=1).astype(float)
     np.testing.assert_allclose(neighbor_weights(distances, values, temperature=temperature).sum(axis=1), expected, **CLOSE)
-    log_p = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature)
-    np.testing.assert_allclose(np.exp(log_p).sum(axis=1), expected, **CLOSE)
+    np.testing.assert_allclose(p_knn(distances, values, temperature).sum(axis=1), expected, **CLOSE)
 
 
 @given(found=neighbours(), temperature=temperatures, seed=st.integers(0, 9))
@@ -103,9 +115,7 @@ def test_the_order_of_neighbours_does_not_matter(found, temperature, seed):
     """Any permutation gives the same distribution, and the weights permuted."""
     distances, values = found
     order = np.random.default_rng(seed).permutation(values.shape[1])
-    first = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature)
-    second = knn_log_probs(distances[:, order], values[:, order], vocab_size=VOCAB, temperature=temperature)
-    np.testing.assert_allclose(np.exp(first), np.exp(second), **CLOSE)
+    np.testing.assert_allclose(p_knn(distances, values, temperature), p_knn(distances[:, order], values[:, order], temperature), **CLOSE)
     np.testing.assert_allclose(
         neighbor_weights(distances, values, temperature=temperature)[:, order],
         neighbor_weights(distances[:, order], values[:, order], temperature=temperature),
@@ -125,65 +135,69 @@ def test_only_differences_of_distances_matter(found, temperature, shift):
     )
 
 
-@given(found=neighbours(), temperature=temperatures, seed=st.integers(0, 9))
-def test_the_gold_token_alone_has_the_same_probability(found, temperature, seed):
-    """What is computed without a (n, vocab) matrix is its column of the gold token."""
+@given(found=neighbours(), temperature=temperatures)
+def test_sums_say_what_the_whole_distribution_says(found, temperature):
+    """One token of each query, the largest, the entropy: without a (n, vocab) matrix as with it."""
     distances, values = found
-    gold = np.random.default_rng(seed).integers(0, VOCAB, len(values))
-    log_p = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature)
-    alone = knn_gold_log_probs(distances, values, gold, temperature=temperature)
-    np.testing.assert_allclose(np.exp(alone), np.exp(np.take_along_axis(log_p, gold[:, None], 1)[:, 0]), **CLOSE)
+    sums = token_sums(values, neighbor_weights(distances, values, temperature=temperature))
+    whole = by_hand(distances.astype(float).tolist(), values.tolist(), temperature)[1]
+    for token in range(VOCAB):
+        np.testing.assert_allclose(sums.of(np.full(len(values), token)), whole[:, token], **CLOSE)
+    np.testing.assert_allclose(sums.largest(), whole.max(axis=1), **CLOSE)
+    np.testing.assert_allclose(sums.entropy(), [-sum(p * math.log(p) for p in row if p > 0) for row in whole], **CLOSE)
+    assert all((a, b) < (c, d) for (a, b), (c, d) in itertools.pairwise(zip(sums.rows.tolist(), sums.tokens.tolist(), strict=True)))
 
 
-@given(found=neighbours(), lmbda=lambdas, temperature=temperatures, seed=st.integers(0, 9))
+@pytest.mark.parametrize("vocab_size", [100, 50_000, 1 << 20])
+@pytest.mark.parametrize("k", [1, 5, 1_000, 20_000])
+def test_sums_of_many_neighbours_of_any_vocabulary(k, vocab_size):
+    """Tokens and places that do not fit 32 bits together, and k that is no power of two."""
+    rng = np.random.default_rng(k)
+    values = rng.integers(-1, min(vocab_size, 300), (3, k)).astype(np.int32) * np.int32(max(1, vocab_size // 300))
+    values = np.where(values < 0, np.int32(-1), values)
+    weights = np.where(values >= 0, rng.random((3, k)), 0.0)
+    sums = token_sums(values, weights)
+    for row in range(3):
+        wanted = np.bincount(np.maximum(values[row], 0), weights[row], minlength=vocab_size)
+        np.testing.assert_allclose(sums.dense(vocab_size)[row], wanted, rtol=1e-9, atol=1e-12)
+
+
+@given(found=neighbours(least=1), lmbda=lambdas, temperature=temperatures, seed=st.integers(0, 9))
 def test_mixing_is_the_weighted_sum_and_p_lm_where_nothing_was_found(found, lmbda, temperature, seed):
     """p = λ p_kNN + (1 - λ) p_LM sums to 1; a query without neighbours has p = p_LM, whatever λ is."""
     distances, values = found
-    log_lm = log_softmax(np.random.default_rng(seed).normal(0, 5, (len(values), VOCAB)))
-    log_knn = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature)
-    mixed = np.exp(mix(log_lm, log_knn, lmbda))
+    log_lm = random_log_probs(seed, len(values))
+    result = mixed(log_lm, as_found(distances, values), lmbda=lmbda, temperature=temperature)
+    p = result.log_p.exp().numpy()
+    knn = by_hand(distances.astype(float).tolist(), values.tolist(), temperature)[1]
     for i in range(len(values)):
         weight = lmbda if (values[i] >= 0).any() else 0.0
-        np.testing.assert_allclose(mixed[i], weight * np.exp(log_knn[i]) + (1 - weight) * np.exp(log_lm[i]), **CLOSE)
-    np.testing.assert_allclose(mixed.sum(axis=1), 1.0, **CLOSE)
+        assert result.lmbda[i] == weight
+        np.testing.assert_allclose(p[i], weight * knn[i] + (1 - weight) * np.exp(log_lm[i]), **CLOSE)
+    np.testing.assert_allclose(p.sum(axis=1), 1.0, **CLOSE)
 
 
-@given(found=neighbours(), seed=st.integers(0, 9))
-def test_lambda_may_differ_from_row_to_row(found, seed):
-    """An array of λ mixes each row with its own."""
-    distances, values = found
-    rng = np.random.default_rng(seed)
-    log_lm = log_softmax(rng.normal(0, 5, (len(values), VOCAB)))
-    log_knn = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=10.0)
-    each = rng.choice([0.0, 0.3, 1.0], len(values))
-    rows = [mix(log_lm[i : i + 1], log_knn[i : i + 1], each[i]) for i in range(len(values))]
-    np.testing.assert_array_equal(mix(log_lm, log_knn, each), np.concatenate(rows))
-
-
-@given(found=neighbours(), temperature=temperatures, seed=st.integers(0, 9))
-def test_gold_tokens_mix_alike_for_every_lambda(found, temperature, seed):
-    """One column for each λ, each what `mix` gives for the gold token."""
-    distances, values = found
-    rng = np.random.default_rng(seed)
-    gold = rng.integers(0, VOCAB, len(values))
-    log_lm = log_softmax(rng.normal(0, 5, (len(values), VOCAB)))
-    log_knn = knn_log_probs(distances, values, vocab_size=VOCAB, temperature=temperature)
-    several = [0.0, 0.25, 1.0]
-    columns = mix_gold(
-        np.take_along_axis(log_lm, gold[:, None], 1)[:, 0],
-        knn_gold_log_probs(distances, values, gold, temperature=temperature),
-        several,
-        found=(values >= 0).any(axis=1),
+@given(found=neighbours(least=1), temperature=temperatures, lmbda=lambdas, seed=st.integers(0, 9), gated=st.booleans())
+def test_the_gold_token_alone_has_the_same_probability(found, temperature, lmbda, seed, gated):
+    """What is computed without a (n, vocab) matrix is its column of the gold token; each row with its own λ where there is a gate."""
+    neighbors = as_found(*found)
+    n = len(neighbors)
+    log_lm, gold = random_log_probs(seed, n), np.random.default_rng(seed).integers(0, VOCAB, n)
+    gate = Gate(kind="distance", distances=(0.0, 60.0, 1e5), lambdas=(0.9, 0.3, 0.0)) if gated else None
+    settings = Settings(k=neighbors.k, nprobe=1, lmbda=lmbda, temperature=temperature, gate=gate)
+    whole = mixed(log_lm, neighbors, lmbda=lmbda, temperature=temperature, gate=gate)
+    alone = mix_gold_tokens(gold, np.take_along_axis(log_lm, gold[:, None], 1)[:, 0], None, neighbors, settings)
+    np.testing.assert_allclose(alone.lmbda, whole.lmbda)
+    np.testing.assert_allclose(np.exp(alone.log_p), np.take_along_axis(whole.log_p.exp().numpy(), gold[:, None], 1)[:, 0], **CLOSE)
+    np.testing.assert_allclose(
+        np.exp(alone.log_p_knn), p_knn(neighbors.distances, neighbors.values, temperature)[np.arange(n), gold], **CLOSE
     )
-    for column, lmbda in zip(columns.T, several, strict=True):
-        whole = np.take_along_axis(mix(log_lm, log_knn, lmbda), gold[:, None], 1)[:, 0]
-        np.testing.assert_allclose(np.exp(column), np.exp(whole), **CLOSE)
 
 
 def test_a_missing_neighbour_is_not_the_last_token():
     """Value -1 gives no token any probability, though it is a valid index from the end."""
     distances, values = np.array([[1.0, np.inf]], np.float32), np.array([[0, -1]], np.int32)
-    np.testing.assert_array_equal(np.exp(knn_log_probs(distances, values, vocab_size=VOCAB, temperature=1.0))[0], [1, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(p_knn(distances, values, 1.0)[0], [1, 0, 0, 0, 0, 0, 0])
     # Nor where its distance is not infinite.
     weights = neighbor_weights(np.array([[1.0, 0.0]], np.float32), values, temperature=1.0)
     np.testing.assert_array_equal(weights, [[1.0, 0.0]])
@@ -201,18 +215,16 @@ def test_no_queries_and_no_neighbours_are_arrays_too():
     """(0, k) and (n, 0) keep their shapes; with no neighbours p is p_LM."""
     none = np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32)
     assert neighbor_weights(*none, temperature=1.0).shape == (0, 3)
-    assert knn_log_probs(*none, vocab_size=VOCAB, temperature=1.0).shape == (0, VOCAB)
-    assert mix(np.zeros((0, VOCAB)), np.zeros((0, VOCAB)), 0.5).shape == (0, VOCAB)
-    empty = knn_log_probs(np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int32), vocab_size=VOCAB, temperature=1.0)
-    assert np.isneginf(empty).all()
-    log_lm = log_softmax(np.arange(2 * VOCAB).reshape(2, VOCAB))
-    np.testing.assert_allclose(mix(log_lm, empty, 1.0), log_lm)
+    assert p_knn(*none, 1.0).shape == (0, VOCAB)
+    assert mixed(np.zeros((0, VOCAB)), as_found(*none)).log_p.shape == (0, VOCAB)
+    assert (p_knn(np.zeros((2, 0), np.float32), np.zeros((2, 0), np.int32), 1.0) == 0.0).all()
 
 
-def test_log_softmax_holds_for_large_logits():
+def test_large_logits_hold():
     """Logits of any size: differences are what counts, and rows sum to 1."""
     logits = np.array([[1e4, 1e4 + 1, -1e4], [-np.inf, 0.0, 0.0]], np.float32)
-    p = np.exp(log_softmax(logits))
+    nothing = as_found(np.full((2, 1), np.inf, np.float32), np.full((2, 1), -1, np.int32))
+    p = mixed(logits, nothing).log_p.exp().numpy()
     np.testing.assert_allclose(p, [[1 / (1 + math.e), math.e / (1 + math.e), 0], [0, 0.5, 0.5]], **CLOSE)
 
 
@@ -232,14 +244,10 @@ def test_lambdas_that_are_none_are_refused(lmbda):
         check_lambda(lmbda)
 
 
-@pytest.mark.parametrize("lmbda", [-0.01, 1.01, math.nan, [0.5, 1.5], [0.5, math.nan], [0.5], [0.1, 0.2, 0.3], [[0.5], [0.5]]])
-def test_mixing_refuses_a_lambda_outside_or_of_another_shape(lmbda):
-    """One number or one for each row, each from 0 to 1."""
-    with pytest.raises(InvalidArgumentError, match="lambda"):
-        mix(np.zeros((2, VOCAB)), np.zeros((2, VOCAB)), lmbda)
-
-
 def test_a_token_outside_the_vocabulary_is_refused():
     """A datastore of another model is noticed, not written into a neighbour's row."""
+    neighbors = as_found(np.zeros((2, 1), np.float32), np.array([[7], [0]], np.int32))
     with pytest.raises(InvalidArgumentError, match="token 7"):
-        knn_log_probs(np.zeros((2, 1), np.float32), np.array([[7], [0]], np.int32), vocab_size=VOCAB, temperature=1.0)
+        mixed(np.zeros((2, VOCAB)), neighbors)
+    with pytest.raises(InvalidArgumentError, match="token 7"):
+        p_knn(neighbors.distances, neighbors.values, 1.0)

@@ -64,7 +64,9 @@ def test_a_tally_is_a_loop_over_its_tokens(drawn, cuts):
     covered = [row for row in rows if row[2] > 0]
     assert tally.covered == {name: near(perplexity([row[i] for row in covered])) for i, name in ((1, "lm"), (2, "knn"))}
     bits = [math.log2(row[3]) - math.log2(row[1]) for row in rows]
-    clear = all(abs(b) > 1e-12 or b == 0 for b in bits)  # rounding may make a gain of nothing, or nothing of it
+    clear = all(
+        abs(b) > 1e-12 or row[3] == row[1] for b, row in zip(bits, rows, strict=True)
+    )  # rounding may make a gain of nothing, or nothing of it
     if clear:
         for name, sign in (("helped", 1), ("hurt", -1)):
             changed = [b for b in bits if sign * b > 0]

@@ -5,25 +5,13 @@ p_kNN(v) = sum over neighbours with value v of softmax(-distance / temperature +
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from knnstore.errors import InvalidArgumentError
 
-__all__ = [
-    "TokenSums",
-    "check_lambda",
-    "check_temperature",
-    "knn_gold_log_probs",
-    "knn_log_probs",
-    "log_softmax",
-    "mix",
-    "mix_gold",
-    "neighbor_weights",
-    "token_sums",
-]
+__all__ = ["TokenSums", "check_lambda", "check_temperature", "neighbor_weights", "token_sums"]
 
 Array = NDArray[np.float64]
 
@@ -107,8 +95,16 @@ class TokenSums:
             out[self.rows[starts]] = np.maximum.reduceat(self.p, starts)
         return out
 
+    def check(self, vocab_size: int) -> None:
+        """Raises InvalidArgumentError for a token that is outside the vocabulary."""
+        if len(self.tokens) and int(self.tokens.max()) >= vocab_size:
+            raise InvalidArgumentError(
+                f"token {int(self.tokens.max())}: the vocabulary has {vocab_size}. The model is not the datastore's."
+            )
+
     def dense(self, vocab_size: int) -> Array:
-        """(n, vocab_size), 0 for a token that no neighbour has."""
+        """(n, vocab_size), 0 for a token that no neighbour has. Raises InvalidArgumentError for one that is outside the vocabulary."""
+        self.check(vocab_size)
         out = np.zeros((self.n, vocab_size))
         out[self.rows, self.tokens] = self.p
         return out
@@ -120,6 +116,8 @@ def token_sums(values: NDArray[np.int32], weights: Array) -> TokenSums:
     values: (n, k) int32, -1 for none. weights: (n, k) float64, as of `neighbor_weights`. A token whose weights are all 0 is left out.
     """
     n, k = values.shape
+    if not values.size:
+        return TokenSums(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), n)
     bits = max(1, (k - 1).bit_length())
     # One sort of whole numbers, token above place, is several times faster than a stable sort of tokens with their places.
     kind = np.int32 if int(values.max(initial=0)) >> (31 - bits) == 0 else np.int64
@@ -129,87 +127,8 @@ def token_sums(values: NDArray[np.int32], weights: Array) -> TokenSums:
     np.not_equal(tokens[1:], tokens[:-1], out=begins[1:])
     begins[::k] = True
     starts = np.flatnonzero(begins)
-    if not len(starts):
-        return TokenSums(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), n)
     places = (order & ((1 << bits) - 1)) + np.repeat(np.arange(n) * k, k)
     sums = np.add.reduceat(weights.reshape(-1)[places], starts)
     kept = sums > 0.0  # a value of -1 has weight 0
     starts = starts[kept]
     return TokenSums(starts // k, tokens[starts].astype(np.int64), sums[kept], n)
-
-
-def knn_log_probs(
-    distances: NDArray[np.float32],
-    values: NDArray[np.int32],
-    *,
-    vocab_size: int,
-    temperature: float,
-    log_weights: NDArray[np.float32] | None = None,
-) -> Array:
-    """Log-probability of each token under the neighbours alone.
-
-    distances, values, log_weights: (n, k), as for `neighbor_weights`. Returns (n, vocab_size) float64, natural log; -inf for a
-    token that no neighbour has, a whole row of -inf where there are no neighbours.
-    Raises InvalidArgumentError if temperature <= 0 or a value is not under vocab_size.
-    """
-    n, k = values.shape
-    if k and values.size and int(values.max()) >= vocab_size:
-        raise InvalidArgumentError(f"token {int(values.max())}: the vocabulary has {vocab_size}. The model is not the datastore's.")
-    weights = neighbor_weights(distances, values, temperature=temperature, log_weights=log_weights)
-    # A token may occur many times among the neighbours: add probabilities, not logs.
-    cells = np.arange(n)[:, None] * vocab_size + np.maximum(values, 0)
-    sums = np.bincount(cells.reshape(-1), weights.reshape(-1), minlength=n * vocab_size).reshape(n, vocab_size)
-    with np.errstate(divide="ignore"):
-        return np.log(sums)
-
-
-def knn_gold_log_probs(
-    distances: NDArray[np.float32],
-    values: NDArray[np.int32],
-    gold: ArrayLike,
-    *,
-    temperature: float,
-    log_weights: NDArray[np.float32] | None = None,
-) -> Array:
-    """Log p_kNN of one token for each query, without a (n, vocab) matrix. gold: (n,) token ids. Returns (n,) float64, -inf for 0."""
-    weights = neighbor_weights(distances, values, temperature=temperature, log_weights=log_weights)
-    p: Array = np.where(values == np.asarray(gold)[:, None], weights, 0.0).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        return np.log(p)
-
-
-def mix(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lmbda: ArrayLike) -> Array:
-    """log(λ p_kNN + (1 - λ) p_LM), element by element.
-
-    log_p_lm, log_p_knn: (n, vocab) natural logs. lmbda: a number, or (n,) one for each row. A row whose log_p_knn is all -inf
-    has no neighbours: its λ is 0. Returns (n, vocab) float64. Raises InvalidArgumentError for a λ outside 0 to 1.
-    """
-    lm, knn = np.asarray(log_p_lm, np.float64), np.asarray(log_p_knn, np.float64)
-    weight = np.asarray(lmbda, np.float64)
-    if weight.ndim and weight.shape != lm.shape[:1]:
-        raise InvalidArgumentError(f"lambda of shape {weight.shape}: give one number, or one for each of the {len(lm)} rows.")
-    if weight.size and not (0.0 <= float(weight.min()) <= float(weight.max()) <= 1.0):
-        raise InvalidArgumentError(f"lambda {float(weight.min())} to {float(weight.max())}: use numbers from 0 to 1.")
-    weight = np.where(np.isneginf(knn).all(axis=1), 0.0, weight)[:, None]  # (n, 1)
-    with np.errstate(divide="ignore"):
-        return np.logaddexp(np.log(weight) + knn, np.log1p(-weight) + lm)
-
-
-def mix_gold(log_p_lm: ArrayLike, log_p_knn: ArrayLike, lambdas: ArrayLike, *, found: NDArray[np.bool_]) -> Array:
-    """log(λ p_kNN + (1 - λ) p_LM) of one token for each query, for each of several λ.
-
-    log_p_lm, log_p_knn: (n,) natural logs. lambdas: (m,). found: (n,) whether a query has neighbours; where not, p = p_LM.
-    Returns (n, m) float64.
-    """
-    lm, knn, weight = (np.asarray(item, np.float64) for item in (log_p_lm, log_p_knn, lambdas))
-    with np.errstate(divide="ignore"):
-        mixed = np.logaddexp(np.log(weight)[None] + knn[:, None], np.log1p(-weight)[None] + lm[:, None])
-    return np.where(found[:, None], mixed, lm[:, None])
-
-
-def log_softmax(logits: Any) -> Array:
-    """Log-probabilities of logits (n, vocab) in float64."""
-    scores = np.asarray(logits, np.float64)
-    shifted: Array = scores - scores.max(axis=-1, keepdims=True)
-    total: Array = np.exp(shifted).sum(axis=-1, keepdims=True)
-    return shifted - np.log(total)

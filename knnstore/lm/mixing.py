@@ -103,10 +103,14 @@ def gold_log_probs(logits: Tensor, gold: NDArray[np.int64], *, views: bool) -> t
 
 
 def mix_logits(logits: Tensor, neighbors: Neighbors, settings: Settings, *, dtype: torch.dtype = torch.float32) -> Mixed:
-    """log p of every token. logits: (n, vocab), of the LM; neighbors: of the same n positions. dtype: of what is computed and returned."""
+    """log p of every token. logits: (n, vocab), of the LM; neighbors: of the same n positions. dtype: of what is computed and returned.
+
+    Raises InvalidArgumentError for a neighbour's token that is outside the vocabulary.
+    """
     log_p_lm = torch.log_softmax(logits.to(dtype), -1)  # (n, vocab)
     weights = neighbor_weights(neighbors.distances, neighbors.values, temperature=settings.temperature, log_weights=neighbors.log_weights)
     sums = token_sums(neighbors.values, weights)
+    sums.check(logits.shape[-1])
     view = view_of(log_p_lm) if settings.gate is not None and settings.gate.kind == LOGISTIC else None
     lmbda = _lambdas(view, sums, neighbors, settings)
     return Mixed(log_p_lm, _mix_sparse(log_p_lm, sums, lmbda), lmbda, weights, sums)
