@@ -68,10 +68,10 @@ def score_documents(
         if len(ids) < 2:
             continue
         windows = plan_windows([len(ids) - 1], [1], context=context, stride=stride)
-        at = 0
+        ends, at = np.cumsum(windows.n_entries), 0
         while at < len(windows):
-            ends = np.cumsum(windows.n_entries[at:]) + n_waiting
-            stop = min(len(windows), at + int(np.searchsorted(ends, chunk)) + 1)
+            done = int(ends[at - 1]) if at else 0
+            stop = min(len(windows), int(np.searchsorted(ends, done + chunk - n_waiting)) + 1)
             some = _some(windows, at, stop)
             waiting.append((number, ids, n_windows))
             planned.append(some)
