@@ -1,13 +1,14 @@
 """Figures of what commands print, drawn with matplotlib (the extra `plot`), which is loaded only here."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnstore.errors import InvalidArgumentError, MissingExtraError, NotFoundError, StorageError
+from knnstore.errors import InvalidArgumentError, MissingExtraError
+
+from .output import check_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +27,9 @@ def check_plot(path: str) -> None:
     """
     if find_spec("matplotlib") is None:
         raise MissingExtraError('--plot needs matplotlib. Install with: pip install "knnstore[plot]"')
-    folder = Path(path).parent
     if Path(path).suffix.lower() not in SUFFIXES:
         raise InvalidArgumentError(f"{path}: no kind of figure. Give the file one of these endings: {', '.join(SUFFIXES)}.")
-    if not folder.is_dir():
-        raise NotFoundError(f"{path}: no folder {folder}. Make it first.")
-    if not os.access(path if Path(path).exists() else folder, os.W_OK):
-        raise StorageError(f"{path}: no permission to write it. Choose another place.")
+    check_file(path)
 
 
 def save_plot(figure: "Figure", path: str) -> None:

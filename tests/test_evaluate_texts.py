@@ -290,6 +290,7 @@ def evaluate_long(store: str, text: str, out: str) -> None:
     Path(out).write_text(json.dumps(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_long_text_takes_no_more_memory(gpt2, tmp_path):
     """From the first third of 100,000 tokens to the last, memory grows by under 6 MB: what their keys alone would take is 9 MB.

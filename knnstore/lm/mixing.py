@@ -69,7 +69,7 @@ def view_of(log_p_lm: Tensor) -> LmView:
     entropy = -torch.linalg.vecdot(p, log_p_lm)
     if not bool(torch.isfinite(entropy).all()):  # a token of probability 0 adds nothing, but 0 times -inf is no number
         entropy = torch.special.entr(p).sum(-1)
-    return LmView(top.cpu().numpy(), log_max.double().cpu().numpy(), entropy.double().cpu().numpy())
+    return LmView(top.cpu().numpy(), log_max.cpu().double().numpy(), entropy.cpu().double().numpy())
 
 
 @torch.inference_mode()
@@ -89,12 +89,12 @@ def gold_log_probs(logits: Tensor, gold: NDArray[np.int64], *, views: bool) -> t
         p = shifted.exp()  # the one exponential: sum, gold and entropy come from it
         total = p.sum(-1)
         log_total = total.log()
-        parts.append((shifted.gather(1, wanted[at : at + rows])[:, 0] - log_total).double().cpu().numpy())
+        parts.append((shifted.gather(1, wanted[at : at + rows])[:, 0] - log_total).cpu().double().numpy())
         if views:
             entropy = log_total - torch.linalg.vecdot(p, shifted) / total
             if not bool(torch.isfinite(entropy).all()):  # a token of probability 0 adds nothing, but 0 times -inf is no number
                 entropy = torch.special.entr(p / total[:, None]).sum(-1)
-            seen.append(LmView(*(item.cpu().numpy() for item in (top[:, 0], -log_total.double(), entropy.double()))))
+            seen.append(LmView(top[:, 0].cpu().numpy(), *(item.cpu().double().numpy() for item in (-log_total, entropy))))
     if not views:
         return np.concatenate(parts), None
     return np.concatenate(parts), LmView(
