@@ -48,6 +48,7 @@ _MEASURED = re.compile(r"\b0\.\d{4,}\b|\be-\d\d\b")
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 _REPLACED = (
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "TIME"),
+    (re.compile(r"^tokens/s .*$", re.MULTILINE), "tokens/s"),  # another machine's
     (re.compile(r" \([\d,.]+( [kMGT]?B)?/s\)"), ""),  # a rate is shown where a stage takes longer than a second
     (re.compile(r"\b(\d+ h )?(\d+ min )?[\d.]+ s\b"), "DURATION"),
     (re.compile(r"\b[0-9a-f]{12,64}\b"), "HEX"),
