@@ -214,8 +214,7 @@ def _predictions(extractor: KeyExtractor, ids: Ids, n_prompt: int, *, vocab_size
         all_keys.append(keys[0].float().cpu().numpy())
         log_p.append(of_piece)
         views.append(view)
-    parts = ([getattr(view, name) for view in views] for name in ("top", "log_max", "entropy"))
-    return np.concatenate(all_keys), np.concatenate(log_p), LmView(*map(np.concatenate, parts))
+    return np.concatenate(all_keys), np.concatenate(log_p), LmView.joined(views)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,7 @@ def evaluate(
     store: a datastore or its path, for which options are those of `KnnLM.load`; or a `KnnLM`, whose own settings hold. texts: folders,
     files, or "-" for standard input, as `create` takes them. context, stride: tokens of a window, and of what is new in the next;
     None for the datastore's. exclude_own: documents of the datastore that have a text's id, or its content, do not predict it.
-    Memory: the model, one batch, some 300 MB for what is searched at a time, 8 bytes a token of the longest document.
+    Memory: the model, one batch, some 100 MB for what is searched at a time, 8 bytes a token of the longest document.
     Raises what `KnnLM.load` does, CorpusError, NotFoundError, and InvalidArgumentError where there is nothing to predict.
     """
     inputs = texts if isinstance(texts, CorpusInputs) else list_inputs(texts, stdin_name=STDIN_NAME)  # said before a model is loaded

@@ -119,9 +119,7 @@ def joined(parts: Sequence[HeldOut], names: tuple[str, ...]) -> HeldOut:
         values=np.concatenate([part.values for part in parts]),
         gold=np.concatenate([part.gold for part in parts]),
         log_p_lm=np.concatenate([part.log_p_lm for part in parts]),
-        view=LmView(*(np.concatenate([getattr(view, name) for view in views]) for name in ("top", "log_max", "entropy")))
-        if views
-        else None,
+        view=LmView.joined(views) if views else None,
         domains=np.concatenate(domains) if domains else None,
         names=names,
     )

@@ -3,7 +3,7 @@
 No (n, vocab) matrix is made beside the LM's own: only the tokens that neighbours have are touched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,11 @@ class LmView:
     top: NDArray[np.int64]
     log_max: Array
     entropy: Array
+
+    @classmethod
+    def joined(cls, views: "Sequence[LmView]") -> "LmView":
+        """One after the other; one at least."""
+        return cls(*(np.concatenate([getattr(view, name) for view in views]) for name in ("top", "log_max", "entropy")))
 
     def __getitem__(self, at: "NDArray[np.generic] | slice") -> "LmView":
         return LmView(self.top[at], self.log_max[at], self.entropy[at])
@@ -97,9 +102,7 @@ def gold_log_probs(logits: Tensor, gold: NDArray[np.int64], *, views: bool) -> t
             seen.append(LmView(top[:, 0].cpu().numpy(), *(item.cpu().double().numpy() for item in (-log_total, entropy))))
     if not views:
         return np.concatenate(parts), None
-    return np.concatenate(parts), LmView(
-        *(np.concatenate([getattr(view, name) for view in seen]) for name in ("top", "log_max", "entropy"))
-    )
+    return np.concatenate(parts), LmView.joined(seen)
 
 
 def mix_logits(logits: Tensor, neighbors: Neighbors, settings: Settings, *, dtype: torch.dtype = torch.float32) -> Mixed:
