@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format docs wheel clean
+.PHONY: help demo test test-all lint format docs bench bench-large wheel clean
 
 help: ## This list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -32,6 +32,12 @@ format: .venv/.ready ## Rewrite the code as ruff formats it
 docs: .venv/.ready ## Write the command-line reference again from --help
 	$(BIN)/python tools/cli_reference.py
 
+bench: .venv/.bench ## Measure speed, size and memory beside peers, and write docs/benchmarks.md again: an hour
+	$(BIN)/python -m benchmarks
+
+bench-large: .venv/.bench ## The same for what takes hours and some tens of GB of disk
+	$(BIN)/python -m benchmarks --large
+
 wheel: .venv/.ready ## Build the wheel into dist/
 	rm -rf build
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
@@ -44,4 +50,8 @@ clean: ## Remove .venv and everything that was built
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or later is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,gguf,harness,plot]"
+	@touch $@
+
+.venv/.bench: .venv/.ready
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@touch $@

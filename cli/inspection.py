@@ -1,13 +1,19 @@
 """`knnstore info`, `verify`, `repair` and `snapshots`: what a datastore is, whether it is whole, and what it was before."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import knnstore
 
 from .options import ExampleCommand, json_option, loading, model_options, quiet_option, snapshot_option, store_option
+
+if TYPE_CHECKING:
+    from knnstore.store import DocumentEntry
 
 __all__ = ["info", "repair", "snapshots", "verify"]
 
@@ -21,18 +27,24 @@ EXIT_DAMAGE = 8
 @json_option
 def info(store: str, snapshot: int | str | None, documents: bool, as_json: bool) -> None:
     """Show sizes, domains, model and settings of a datastore."""
-    with knnstore.open(store, snapshot=snapshot) as opened:
-        fields = opened.info()
-        if as_json:
-            from .output import print_json
+    from knnstore.inspection import read_info
 
-            print_json({**fields, "document_list": [asdict(document) for document in opened.documents()]} if documents else fields)
-        else:
-            from .render import print_documents, print_info
+    listed: list[DocumentEntry] = []
+    if documents:  # they need what a search needs too, which takes long to import
+        with knnstore.open(store, snapshot=snapshot) as opened:
+            fields, listed = opened.info(), list(opened.documents())
+    else:
+        fields = read_info(Path(store), snapshot)
+    if as_json:
+        from .output import print_json
 
-            print_info(fields)
-            if documents:
-                print_documents(opened.documents())
+        print_json({**fields, "document_list": [asdict(document) for document in listed]} if documents else fields)
+    else:
+        from .render import print_documents, print_info
+
+        print_info(fields)
+        if documents:
+            print_documents(listed)
 
 
 @click.command(cls=ExampleCommand, example="knnstore verify")
@@ -119,8 +131,6 @@ def repair(ctx: click.Context, store: str, dry_run: bool, quiet: bool, as_json: 
 @json_option
 def snapshots(store: str, as_json: bool) -> None:
     """List the snapshots of a datastore, oldest first."""
-    from pathlib import Path
-
     from knnstore.inspection import snapshot_list
 
     listed = snapshot_list(Path(store))

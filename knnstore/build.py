@@ -83,7 +83,8 @@ def train_index(sample: Keys, n_entries: int, options: IndexOptions) -> tuple[Sp
     nlist = 1 if space.codec is Codec.RAW else choose_nlist(n_entries)
     if nlist == 1:
         return space, None
-    return space, train_coarse(space.rotate(sample), space=space.id, nlist=nlist, seed=options.seed)
+    # A sample may be a gigabyte that is mapped from the disk: its centroids are turned, and not a copy of it.
+    return space, train_coarse(sample, space=space.id, nlist=nlist, seed=options.seed, turn=space.rotate)
 
 
 def save_index(job: Path, space: Space, coarse: Coarse | None, *, known: Container[str] = ()) -> None:

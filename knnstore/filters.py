@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,9 @@ __all__ = [
     "document_domain",
     "domain_weights",
     "find_document_rows",
+    "live_documents",
     "live_documents_of",
+    "live_hashes",
     "live_records",
     "live_with_ids",
     "log_weights",
@@ -76,6 +79,11 @@ def allowed_rows(
     beyond a segment's own are no harm. Raises NotFoundError for a document that is not there, InvalidArgumentError for a segment
     that is not.
     """
+    if weights is None and where is None and exclude is None:
+        return [
+            subtract(as_ranges([(0, segment.content.entries)]), segment.record.dead_ranges()) if segment.record.dead else None
+            for segment in segments
+        ]
     if isinstance(exclude, str | RowRange):
         exclude = [exclude]
     excluded: list[list[tuple[int, int]]] = [[] for _ in segments]
@@ -153,6 +161,29 @@ def live_documents_of(segment: Segment) -> Iterator[tuple[str, DocumentRecord]]:
     for record in segment.contexts.documents():
         if record.first_row not in dead:
             yield document_domain(segment.record, record.first_row), record
+
+
+def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
+    """Each document with live rows once: id, domain, source, entries, metadata."""
+    parts: dict[tuple[str, str], list[DocumentRecord]] = {}
+    for segment in segments:
+        for domain, record in live_documents_of(segment):
+            known = [*parts.pop((domain, record.id), []), record]
+            n_parts = next((part.part + 1 for part in known if part.last), 0)
+            if len(known) != n_parts:  # segments that were joined may hold later parts before earlier ones
+                parts[domain, record.id] = known
+                continue
+            entries = sum(part.n_entries for part in known)
+            yield {"id": record.id, "domain": domain, "source": record.source, "entries": entries, "metadata": record.metadata}
+
+
+def live_hashes(segments: Sequence[Segment], domain: str) -> Iterator[tuple[str, str | None]]:
+    """Id and content hash of each document of a domain with live rows."""
+    for segment in segments:
+        if any(of_domain == domain for of_domain, _, _ in segment.record.runs):
+            for of_domain, record in live_documents_of(segment):
+                if record.last and of_domain == domain:
+                    yield record.id, record.content_hash
 
 
 def find_document_rows(segments: Sequence[Segment], document_id: str) -> list[RowRange]:

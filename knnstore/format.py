@@ -13,7 +13,8 @@ import xxhash
 from knnstore.errors import DamageError, FormatError
 
 FORMAT_VERSION = 1
-READER_FEATURES: frozenset[str] = frozenset()  # features a reader must understand to open a store; none yet in format 1
+LABEL_BASE = "label-base"  # labels of some segment count rows from a number of its own
+READER_FEATURES: frozenset[str] = frozenset({LABEL_BASE})  # features a reader must understand to open a store
 WRITER_FEATURES: frozenset[str] = frozenset()  # features a writer must understand to change a store
 
 STORE_FILE = "KNNSTORE"
@@ -44,7 +45,8 @@ ALIGNMENT = 64  # bytes: where each list begins
 HEADER_VERSION = 1
 
 TOKEN_BITS = 24  # bits of a label that hold the token: the largest vocabulary in use has 18
-ROW_BITS = 39  # bits that hold the row in the segment; bit 63 stays 0 because faiss reserves negative ids
+ROW_BITS = 39  # bits that hold the row, counted from the segment's base; bit 63 stays 0 because faiss reserves negative ids
+SLOT_BITS = 19  # bases are multiples of 2**19 rows: a table of 2**20 slots says whose a label is
 MAX_VOCABULARY = 1 << TOKEN_BITS
 BLOCK_ENTRIES = 32  # entries in one packed block of 4-bit codes, and what each list is padded to
 VALUES_BLOCK = 65_536  # bytes of values, keys or ids under one checksum: read at once, 0.01% of checksums
@@ -52,7 +54,7 @@ TEXT_FRAME_RAW = 4_096  # bytes: a decompressed text frame has at most this (one
 TEXT_FRAME_PACKED = 2_012  # bytes: two such records fill one 4 KiB page of LMDB; larger ones would take a page each
 TEXT_FRAME_MAX = 1 << 22  # bytes: a reader refuses to decompress more (one token may span much text)
 DOCUMENT_RECORD_MAX = 1 << 22  # bytes of one decompressed document record that a reader accepts: as JSON it takes 25 times as much
-SEGMENT_ENTRIES = 1 << 23  # entries in one segment at most: bounds the memory of writing its lists to 12 bytes an entry
+SEGMENT_ENTRIES = 1 << 23  # entries in one segment at most: bounds the memory of writing its lists, 4 bytes an entry
 MANIFEST_MAX = 1 << 26  # bytes of a manifest that a reader accepts: two million dead ranges
 
 

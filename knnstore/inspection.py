@@ -1,46 +1,23 @@
-"""What a datastore is: its documents, sizes and settings, as `info` and `snapshots` show them."""
+"""What a datastore is: its sizes and settings, as `info` and `snapshots` show them.
+
+From manifests alone: nothing that takes long to import is needed (a test looks).
+"""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from knnstore.errors import NotFoundError
-from knnstore.filters import live_documents_of
 from knnstore.format import CODEC_NAMES, CONTEXTS_FILE, DIRECTORY_FILE, FORMAT_VERSION, IDS_FILE, KEYS_FILE, LISTS_FILE, VALUES_FILE
 from knnstore.storage.calibration import calibration_fields
-from knnstore.storage.catalog import StoreFolder, list_manifests, read_current, read_manifest
-from knnstore.storage.contexts import DocumentRecord
+from knnstore.storage.catalog import StoreFolder, list_manifests, open_snapshot, read_current, read_manifest
 from knnstore.storage.manifest import Manifest, SegmentRecord
 from knnstore.storage.rows import count, subtract
-from knnstore.storage.segment import Segment
 from knnstore.storage.tags import list_tags
 
-__all__ = ["domain_counts", "live_documents", "live_hashes", "snapshot_list", "store_info"]
-
-
-def live_documents(segments: Sequence[Segment]) -> Iterator[dict[str, Any]]:
-    """Each document with live rows once: id, domain, source, entries, metadata."""
-    parts: dict[tuple[str, str], list[DocumentRecord]] = {}
-    for segment in segments:
-        for domain, record in live_documents_of(segment):
-            known = [*parts.pop((domain, record.id), []), record]
-            n_parts = next((part.part + 1 for part in known if part.last), 0)
-            if len(known) != n_parts:  # segments that were joined may hold later parts before earlier ones
-                parts[domain, record.id] = known
-                continue
-            entries = sum(part.n_entries for part in known)
-            yield {"id": record.id, "domain": domain, "source": record.source, "entries": entries, "metadata": record.metadata}
-
-
-def live_hashes(segments: Sequence[Segment], domain: str) -> Iterator[tuple[str, str | None]]:
-    """Id and content hash of each document of a domain with live rows."""
-    for segment in segments:
-        if any(of_domain == domain for of_domain, _, _ in segment.record.runs):
-            for of_domain, record in live_documents_of(segment):
-                if record.last and of_domain == domain:
-                    yield record.id, record.content_hash
+__all__ = ["domain_counts", "read_info", "snapshot_list", "store_info"]
 
 
 def domain_counts(records: Sequence[SegmentRecord]) -> dict[str, int]:
@@ -91,6 +68,13 @@ def store_info(path: Path, manifest: Manifest) -> dict[str, Any]:
         "defaults": {"k": manifest.k, "nprobe": manifest.nprobe},
         "calibration": None if manifest.calibration is None else calibration_fields(manifest.calibration),
     }
+
+
+def read_info(path: Path, snapshot: int | str | None = None) -> dict[str, Any]:
+    """The fields of `knnstore info --json`, of a datastore that is not open. snapshot, errors: as `open_store`."""
+    manifest, pin = open_snapshot(StoreFolder(path), snapshot)
+    pin.release()
+    return store_info(path, manifest)
 
 
 def _windows(manifest: Manifest) -> dict[str, Any] | None:

@@ -9,15 +9,17 @@ from numpy.typing import NDArray
 
 from knnstore.build import ENCODE_ROWS, MEASURED_ROWS, StagedSegment
 from knnstore.errors import DamageError, InvalidArgumentError
-from knnstore.format import CONTEXTS_FILE, MAX_VOCABULARY, Codec
+from knnstore.format import CONTEXTS_FILE, HEADER_SIZE, KEYS_FILE, MAX_VOCABULARY, Codec
 from knnstore.sampling import has_keys, unrotated
+from knnstore.storage.arrays import MappedArray
 from knnstore.storage.coarse import Coarse
 from knnstore.storage.contexts import ContextsReader
-from knnstore.storage.files import disk
-from knnstore.storage.manifest import SegmentRecord
+from knnstore.storage.files import ArrayFile, disk
+from knnstore.storage.manifest import FileRecord, SegmentRecord
+from knnstore.storage.relisting import LIST_BYTES, ListedRows, ListSource, StoredLists, write_joined_lists
 from knnstore.storage.rows import as_ranges, complement, contains, intersect
 from knnstore.storage.segment import Segment
-from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
+from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment, label_base
 from knnstore.storage.space import Space
 
 __all__ = ["can_join", "copy_documents", "join_segments", "kept_type", "size_tiers"]
@@ -106,7 +108,7 @@ def join_segments(
 
     parts: with at least one live row. Codes of the same space are taken as they are; raw or kept keys are encoded; else decoded codes
     are, if lossy. keys: the type in which they are kept (`f16`, `bf16`, `f32`), None or parts without keys: they are dropped.
-    advance: called with the numbers of entries done. Memory: 64 MiB of codes, 16,384 keys, 12 bytes an entry, some hundred a document.
+    advance: called with the numbers of entries done. Memory: 64 MiB of codes, 16,384 keys, 4 bytes an entry, some hundred a document.
     Raises InvalidArgumentError where codes of another space have no keys, or a key does not fit the type; DamageError.
     """
     for part in parts:
@@ -120,13 +122,17 @@ def join_segments(
     n_rows = runs[-1][2]
     if not all(map(has_keys, parts)):
         keys = None
-    with CodesWriter(folder, n_rows=n_rows, space=space, keys=keys) as writer:
-        at, distortion = 0, 0.0
-        for part in parts:
-            of_part = _Codes(writer, part, space, coarse)
-            stop = of_part.copy(at, advance)
-            distortion += (stop - at) * of_part.distortion()
-            at = stop
+    record, distortion = None, 0.0
+    if _can_relist(parts, space, coarse, keys):
+        record, distortion = _relist(folder, parts, space, coarse, keys, advance)
+    else:
+        with CodesWriter(folder, n_rows=n_rows, space=space, keys=keys) as writer:
+            at = 0
+            for part in parts:
+                of_part = _Codes(writer, part, space, coarse)
+                stop = of_part.copy(at, advance)
+                distortion += (stop - at) * of_part.distortion()
+                at = stop
     contents = [part.content for part in parts]
     finish_segment(
         folder,
@@ -140,9 +146,78 @@ def join_segments(
         # Codes of decoded codes are not those that the model's keys have: to `verify` they come from elsewhere.
         dtype=contents[0].dtype if len({content.dtype for content in contents}) == 1 and not decodes else None,
         windows=contents[0].windows if len({content.windows for content in contents}) == 1 else None,
+        lists_record=record,
     )
     disk.sync_folder(parent)
     return StagedSegment(folder, runs)
+
+
+def _is_listed_alike(part: Segment, space: Space, coarse: Coarse | None) -> bool:
+    """Whether a part has the codes and the lists that it is to have."""
+    return part.space.id == space.id and part.content.coarse == (None if coarse is None else coarse.id)
+
+
+def _can_relist(parts: Sequence[Segment], space: Space, coarse: Coarse | None, keys: str | None) -> bool:
+    """Whether lists can be joined one by one: what comes from other codes or lists has room in memory, as has each list."""
+    if keys is not None and any(part.content.keys != keys for part in parts):
+        return False
+    others = [part for part in parts if not _is_listed_alike(part, space, coarse)]
+    if len(others) == len(parts):
+        return False
+    alike = [part.lists.sizes for part in parts if part not in others]
+    longest = int(np.sum(alike, axis=0).max()) + sum(part.record.n_live() for part in others)
+    return longest * space.code_size <= LIST_BYTES
+
+
+def _relist(
+    folder: Path, parts: Sequence[Segment], space: Space, coarse: Coarse | None, keys: str | None, advance: Callable[[int], None]
+) -> tuple[FileRecord, float]:
+    """Lists (and kept keys) of the parts as those of one segment: the record of lists.bin, and the sum of its entries' distortion."""
+    nlist, at, distortion = 1 if coarse is None else coarse.nlist, 0, 0.0
+    sources: list[ListSource] = []
+    for part in parts:
+        n_live, dead = part.record.n_live(), part.record.dead_ranges()
+        if _is_listed_alike(part, space, coarse):
+            sources.append(StoredLists(part.lists, space, dead=dead, at=at))
+            distortion += n_live * part.content.distortion
+        else:
+            held = _Held(n_live, space.code_size)
+            of_part = _Codes(held, part, space, coarse)
+            of_part.copy(0, lambda n: None)
+            tokens = part.values.rows(0, part.content.entries)[~contains(dead, np.arange(part.content.entries)), 0]
+            sources.append(ListedRows(held.codes, held.lists, tokens, nlist=nlist, at=at))
+            distortion += n_live * of_part.distortion()
+        at += n_live
+    if keys is not None:
+        _copy_keys(folder, parts, space.dim)
+    record = write_joined_lists(
+        folder,
+        space=space,
+        owner=bytes.fromhex(folder.name),
+        nlist=nlist,
+        n_rows=at,
+        base=label_base(folder.name, at),
+        sources=sources,
+        advance=advance,
+    )
+    return record, distortion
+
+
+def _copy_keys(folder: Path, parts: Sequence[Segment], dim: int) -> None:
+    """Kept keys of the live rows as they are stored; `finish_segment` completes the file."""
+    at = 0
+    with ArrayFile(folder / KEYS_FILE, row_bytes=dim * _kept(parts[0]).dtype.itemsize, offset=HEADER_SIZE) as file:
+        for part in parts:
+            for first, stop in complement(part.record.dead_ranges(), part.content.entries).tolist():
+                for begin in range(first, stop, ENCODE_ROWS):
+                    rows = _kept(part).rows(begin, min(begin + ENCODE_ROWS, stop))
+                    file.put(at, rows)
+                    at += len(rows)
+
+
+def _kept(part: Segment) -> MappedArray:
+    assert part.keys is not None, "said by _can_relist"
+    return part.keys
 
 
 def _has_text(folder: Path, n_rows: int) -> bool:
@@ -192,10 +267,23 @@ def _documents_of(part: Segment) -> tuple[NDArray[np.int64], NDArray[np.uint64]]
     return np.append(begins, part.content.entries), table[:, 0]
 
 
+class _Held:
+    """Takes codes and lists as a `CodesWriter` does, and keeps them in memory. keys: none are wanted."""
+
+    keys = None
+
+    def __init__(self, n_rows: int, code_size: int) -> None:
+        self.codes, self.lists = np.empty((n_rows, code_size), np.uint8), np.empty(n_rows, np.uint32)
+
+    def put(self, first_row: int, codes: NDArray[np.uint8], lists: NDArray[np.uint32], keys: Keys | None) -> None:
+        self.codes[first_row : first_row + len(codes)] = codes
+        self.lists[first_row : first_row + len(codes)] = lists
+
+
 class _Codes:
     """Codes, lists and keys of one part on their way to a new segment."""
 
-    def __init__(self, writer: CodesWriter, part: Segment, space: Space, coarse: Coarse | None) -> None:
+    def __init__(self, writer: CodesWriter | _Held, part: Segment, space: Space, coarse: Coarse | None) -> None:
         self._writer, self._part, self._space, self._coarse = writer, part, space, coarse
         self._same_space = part.space.id == space.id
         self._same_lists = self._same_space and coarse is not None and part.coarse is not None and part.coarse.id == coarse.id

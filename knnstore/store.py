@@ -110,7 +110,7 @@ class Datastore:
 
     def documents(self) -> Iterator[DocumentEntry]:
         """All documents whose entries count, in row order; a document of several parts once."""
-        for found in inspection.live_documents(self._open_segments()):
+        for found in filters.live_documents(self._open_segments()):
             yield DocumentEntry(**found)
 
     def info(self) -> dict[str, Any]:

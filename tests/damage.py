@@ -167,7 +167,7 @@ def _restore(store: Path, pristine: Path) -> None:
         target = store / name
         if source.is_dir():
             target.mkdir(exist_ok=True)
-        elif not target.exists() or target.read_bytes() != source.read_bytes():
+        elif not target.exists() or target.stat().st_size != source.stat().st_size or target.read_bytes() != source.read_bytes():
             shutil.copyfile(source, target)
 
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from effort import examples
 from held import append, assert_holds, listing, newest, watched
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from living import DIM, Drawn, batches, by_key, create, draw
 
@@ -62,7 +63,7 @@ def documents(draw_):
     more=st.lists(st.tuples(documents(), st.sets(st.integers(1, 30), max_size=4), st.booleans()), max_size=4),
     segment_entries=st.sampled_from([3, 7, 1_000]),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_a_store_follows_what_is_appended(tmp_path_factory, first, more, segment_entries):
     """Documents are cut over batches and segments anywhere. The same content is left out, another is refused, or replaced if asked."""
     path = tmp_path_factory.mktemp("append") / "s.knn"
@@ -201,7 +202,7 @@ def test_a_store_whose_empty_folders_were_lost_takes_appends(tmp_path):
 # How it grows
 
 
-@pytest.mark.parametrize("n", [100, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [60, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 300))])
 def test_hundreds_of_appends_leave_a_handful_of_segments(tmp_path, n):
     """One document each: under 4 segments in each size of 4 times the one before, and the answers of a store made at once."""
     drawn = [draw(f"d{number}", n=10 + number % 11, domain=("default", "law")[number % 2]) for number in range(n + 1)]
@@ -220,8 +221,13 @@ def test_hundreds_of_appends_leave_a_handful_of_segments(tmp_path, n):
     assert_holds(whole, oracle, k=40)
 
 
-@pytest.mark.parametrize(("codec", "n", "more"), [("pq4", 1_300, 1_600), ("pq8", 5_000, 5_300)])
-@pytest.mark.parametrize("keep_keys", [None, "f32"])
+@pytest.mark.parametrize(
+    ("codec", "n", "more", "keep_keys"),
+    [
+        *[("pq4", 1_300, 1_600, None), ("pq4", 1_300, 1_600, "f32"), ("pq8", 5_000, 5_300, "f32")],
+        pytest.param("pq8", 5_000, 5_300, None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_store_that_outgrew_raw_keys_gets_codes(tmp_path, codec, n, more, keep_keys):
     """With enough entries for a quantizer one is trained on all of them, and the raw keys become codes too."""
     drawn = [big("a", n), big("b", n, domain="law"), big("c", more)]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from effort import examples
 from held import QUERIES, append, assert_holds, newest, put
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from living import Drawn, by_key, check_answers, create, draw
 
@@ -37,7 +38,7 @@ def versioned(documents: Mapping[str, int]) -> list[Drawn]:
     deletes=st.sets(st.sampled_from(NAMES)),
     purge=st.booleans(),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_an_append_goes_through_unless_its_documents_were_touched(tmp_path_factory, base, ours, theirs, deletes, purge):
     """Others delete and add documents meanwhile. It is a conflict where they added one of ours, or replaced one that ours replaces."""
     path = tmp_path_factory.mktemp("changes") / "s.knn"
@@ -62,7 +63,7 @@ def test_an_append_goes_through_unless_its_documents_were_touched(tmp_path_facto
 
 
 @given(base=versions.filter(bool), theirs=versions, deletes=st.sets(st.sampled_from(NAMES)), whole=st.booleans(), purge=st.booleans())
-@settings(max_examples=60)
+@examples(60)
 def test_a_deletion_takes_what_was_there_or_what_others_put_in_its_place(tmp_path_factory, base, theirs, deletes, whole, purge):
     """Where others touched what it takes, it looks again, and always goes through. What they added beside it stays."""
     path = tmp_path_factory.mktemp("changes") / "s.knn"

@@ -1,6 +1,7 @@
 """Help, reference and completion of the command line, and that it starts quickly."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -95,17 +96,41 @@ def test_every_parameter_has_help() -> None:
             assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
 
 
-@pytest.mark.timeout(600)
-def test_examples_work_as_typed(tmp_path: Path, command_path: str) -> None:
-    """The examples of the help: those that make a datastore in an empty folder, the others after that of append. The demo has a test."""
+def folder_of_example(typed: str, example: str, tmp_path: Path) -> Path:
+    """An empty folder for the examples that make a datastore; for the others that of append's example."""
+    folder = tmp_path / ("knnstore append" if "knnstore create" not in example else typed)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def examples_to_run() -> Iterator[tuple[str, str]]:
+    """What is typed for a command, and its example. The demo has a test of its own."""
     for typed, command in commands():
         if command not in (cli, cli.commands["demo"]):
             example = example_of(typed)
             assert typed in example
-            folder = tmp_path / ("knnstore append" if "knnstore create" not in example else typed)
-            folder.mkdir(exist_ok=True)
-            done = shell(f"set -e\n{example}", folder, command_path)
-            assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
+            yield typed, example
+
+
+def test_examples_work(tmp_path: Path, command_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The examples of the help work: our commands in this process (loading torch takes seconds), all else in a shell."""
+    for typed, example in examples_to_run():
+        monkeypatch.chdir(folder_of_example(typed, example, tmp_path))
+        for line in example.replace(" && ", "\n").splitlines():
+            if line.startswith("knnstore "):
+                well(*shlex.split(line)[1:])
+            else:
+                done = shell(line, Path.cwd(), command_path)
+                assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_examples_work_as_typed(tmp_path: Path, command_path: str) -> None:
+    """The same, all of it in a shell."""
+    for typed, example in examples_to_run():
+        done = shell(f"set -e\n{example}", folder_of_example(typed, example, tmp_path), command_path)
+        assert done.returncode == 0, f"{example}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.slow
@@ -192,6 +217,15 @@ def test_start_loads_no_heavy_library(arguments: list[str], environment: dict[st
     assert done.stderr == "loaded: "
 
 
+@pytest.mark.parametrize("name", ["info", "snapshots"])
+def test_what_reads_manifests_loads_no_search(name: str, store: Path) -> None:
+    """`info` and `snapshots` need neither faiss nor LMDB nor a model."""
+    code = LIGHT.format(arguments=[name, "--store", str(store)], environment={})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout
+    assert done.stderr == "loaded: numpy rich"
+
+
 def seconds(code: str) -> float:
     """The shortest of five runs of a Python program."""
 
@@ -206,3 +240,8 @@ def seconds(code: str) -> float:
 def test_help_starts_quickly() -> None:
     """`--help` takes at most four times what importing click takes."""
     assert seconds("from knnstore_cli.main import cli; cli(['--help'])") <= 4 * seconds("import click")
+
+
+def test_info_starts_quickly(store: Path) -> None:
+    """`info` takes at most eight times what importing click takes."""
+    assert seconds(f"from knnstore_cli.main import cli; cli(['info', '--store', {str(store)!r}])") <= 8 * seconds("import click")

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,28 +244,47 @@ def _places(role: str, path: Path, rng: random.Random, step: int) -> list[int]:
     return sorted(places)
 
 
-@pytest.mark.parametrize("mask", [0xFF, 0x01, 0x20], ids=["inverted", "lowest bit", "letter case"])
-def test_inverted_bytes(bench: Bench, benches: dict[str, Bench], mask: int) -> None:
+MASKS = (0xFF, 0x01, 0x20)  # all bits, the lowest, the one between a and A
+
+
+def test_inverted_bytes(bench: Bench, benches: dict[str, Bench]) -> None:
     """A byte whose bits are inverted, all or one, is found wherever it is; what refuses and what answers is as it must be."""
-    rng = random.Random(mask)
+    _invert_bytes(bench, random.Random(0), step=3 if bench is benches["raw"] else 20, masks=MASKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", MASKS, ids=["inverted", "lowest bit", "letter case"])
+def test_inverted_bytes_with_each_mask(bench: Bench, benches: dict[str, Bench], mask: int) -> None:
+    """The same with each way at each place, where the test before takes them in turn."""
+    _invert_bytes(bench, random.Random(mask), step=3 if bench is benches["raw"] else 20, masks=[mask])
+
+
+def _invert_bytes(bench: Bench, rng: random.Random, *, step: int, masks: Sequence[int]) -> None:
+    """masks: taken in turn, from place to place."""
     for role, path in bench.roles.items():
-        places = _places(role, path, rng, step=3 if bench is benches["raw"] else 20)
-        size = path.stat().st_size
-        for levels, some in (
-            (["quick", "full"], [at for at in places if role not in UNREAD_WHEN_QUICK or (role in BINARY and at < HEADER_SIZE)]),
-            (["full"], [at for at in places if role in UNREAD_WHEN_QUICK and (role not in BINARY or at >= HEADER_SIZE)]),
-        ):
-            asked = bench.child.ask("each byte", bench.store, path=str(bench.path(role)), places=some, mask=mask, levels=levels)
-            assert asked.error is None, f"{role}: {asked.trace}"
-            for at, missed, answers in asked.value:
-                done = f"byte {at} of {size} ^ {mask:#x}"
-                assert not missed, f"{role}, {done}: not seen by {missed}"
-                bench.check_answers(role, done, answers)
-                TRIED["bytes changed"] += 1
-                refused = [way for way, answer in answers.items() if answer in ("DamageError", "FormatError")]
-                assert role not in CHECKED_WHOLE or refused == [way for way in answers if role in bench.reads[way]], (
-                    f"{role}, {done}: {answers}"
-                )
+        places = _places(role, path, rng, step=step)
+        rng.shuffle(places)
+        for number, mask in enumerate(masks):
+            _invert_in_file(bench, role, path, sorted(places[number :: len(masks)]), mask)
+
+
+def _invert_in_file(bench: Bench, role: str, path: Path, places: list[int], mask: int) -> None:
+    size = path.stat().st_size
+    for levels, some in (
+        (["quick", "full"], [at for at in places if role not in UNREAD_WHEN_QUICK or (role in BINARY and at < HEADER_SIZE)]),
+        (["full"], [at for at in places if role in UNREAD_WHEN_QUICK and (role not in BINARY or at >= HEADER_SIZE)]),
+    ):
+        asked = bench.child.ask("each byte", bench.store, path=str(bench.path(role)), places=some, mask=mask, levels=levels)
+        assert asked.error is None, f"{role}: {asked.trace}"
+        for at, missed, answers in asked.value:
+            done = f"byte {at} of {size} ^ {mask:#x}"
+            assert not missed, f"{role}, {done}: not seen by {missed}"
+            bench.check_answers(role, done, answers)
+            TRIED["bytes changed"] += 1
+            refused = [way for way, answer in answers.items() if answer in ("DamageError", "FormatError")]
+            assert role not in CHECKED_WHOLE or refused == [way for way in answers if role in bench.reads[way]], (
+                f"{role}, {done}: {answers}"
+            )
 
 
 @pytest.mark.slow

@@ -74,7 +74,13 @@ def test_every_number_is_the_oracles_under_other_settings(gpt2, options, setting
     gpt2.check(evaluation, given, **settings)
 
 
-@pytest.mark.parametrize(("context", "stride"), [(None, None), (24, 10), (24, 24), (9, 1), (2, 1), (60, 7), (64, None), (13, None)])
+@pytest.mark.parametrize(
+    ("context", "stride"),
+    [
+        *[(None, None), (9, 1), (60, 7), (13, None)],
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in [(24, 10), (24, 24), (2, 1), (64, None)]),
+    ],
+)
 def test_windows_are_those_asked_for(gpt2, context, stride):
     """Context and stride as given; the datastore's where not; half of another context."""
     text = texts()["a/long.txt"]

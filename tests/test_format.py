@@ -134,7 +134,8 @@ class PageReader:
             keys.append(decoded[:n])
         found, decoded = np.concatenate(labels), np.concatenate(keys)
         assert len(found) == n_entries
-        return found >> 24, found & 0xFFFFFF, decoded if rotation is None else decoded @ rotation
+        rows = (found >> 24) - segment["content"].get("label_base", 0)
+        return rows, found & 0xFFFFFF, decoded if rotation is None else decoded @ rotation
 
     def decode(self, fields: dict[str, Any], centroids: np.ndarray | None, codes: np.ndarray, capacity: int) -> np.ndarray:
         if centroids is None:

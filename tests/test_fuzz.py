@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from effort import examples
 from fuzzing import NASTY, RAW_NASTY, At, Bench, changed, places, put_manifest, sealed_json
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from stores import create_store, draw_keys, draw_values
 
@@ -37,7 +38,7 @@ nasty_values = (
 )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(data=st.data())
 def test_manifests(bench: Bench, data: st.DataObject) -> None:
     """Any one or two of its values are others, gone or there twice; `check` and CURRENT are right."""
@@ -90,7 +91,7 @@ def test_json_that_is_none(bench: Bench, raw: str) -> None:
 SMALL = ("KNNSTORE", "CURRENT", "tags/kept.json", "manifests/1.json")
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(data=st.data())
 def test_small_files(bench: Bench, data: st.DataObject) -> None:
     """KNNSTORE, CURRENT and a tag with other values and with other bytes; the tag with the right `check`."""
@@ -130,7 +131,7 @@ def put_content(path: Path, name: str, raw: bytes) -> None:
     put_manifest(path, 2, sealed_json(fields))
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(data=st.data())
 def test_segments_and_spaces(bench: Bench, data: st.DataObject) -> None:
     """segment.json and space.json with other values, whose sha256 is in the manifest."""

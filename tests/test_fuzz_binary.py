@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
+from effort import examples
 from fuzzing import Bench
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mending import contexts_of, records, resign, sealed
 
@@ -36,7 +37,7 @@ def headers(path: Path) -> list[Path]:
 counts = st.sampled_from([0, 1, 2, 3, 1 << 31, 1 << 32, 1 << 39, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]) | st.integers(0, (1 << 64) - 1)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(data=st.data())
 def test_headers(bench: Bench, data: st.DataObject) -> None:
     """Binary files whose headers say otherwise: counts, types, codecs; with the right check of the header and every sha256."""
@@ -85,7 +86,7 @@ def test_other_elements_in_as_many_bytes(bench: Bench, name: str, way: str, dtyp
             bench.ask("headers", (name, dtype, columns))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(data=st.data())
 def test_directories_and_checksums(bench: Bench, data: st.DataObject) -> None:
     """Lists of sizes and places that nobody laid out so; the directory's own check is right."""
@@ -178,7 +179,7 @@ def test_frames(bench: Bench, name: str) -> None:
         assert found["verify full"] == "False"
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     head=st.tuples(
         st.sampled_from([0, 1, 299, 300, 301, 1 << 20, (1 << 32) - 1]),

@@ -94,7 +94,7 @@ def test_assisted_decoding_gives_the_greedy_text(lm, name, options):
     assert any(1 < length < len(text) for length in passes)  # drafts were checked
 
 
-@pytest.mark.parametrize(("name", "kept"), [("gpt2", "f16"), ("llama", "bf16")])
+@pytest.mark.parametrize(("name", "kept"), [pytest.param("gpt2", "f16", marks=pytest.mark.slow), ("llama", "bf16")])
 def test_a_datastore_with_codes_and_kept_keys_decodes_what_the_oracle_does(tmp_path, monkeypatch, name, kept):
     """Made from texts by `create`: on its keys as they were rounded when kept, log p of each step is the oracle's to 1e-4."""
     monkeypatch.setattr(calibrate, "HELD_OUT_TOKENS", 256)

@@ -31,11 +31,14 @@ from knnstore.format import Codec
 from knnstore.joining import can_join, join_segments, kept_type
 from knnstore.neighbors import read_context
 from knnstore.search import search
-from knnstore.storage import lists
+from knnstore.storage import lists, relisting
 from knnstore.storage.coarse import Coarse
+from knnstore.storage.files import sha256_file
 from knnstore.storage.segment import Segment
 from knnstore.storage.segment_writer import CodesWriter, DocumentsWriter, finish_segment
 from knnstore.storage.space import Space
+from knnstore.verification.files import Findings
+from knnstore.verification.segment import ExpectedSegment, SegmentCheck
 
 DIM = 6
 PRECISION = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 0.0}  # relative error of a kept key
@@ -227,21 +230,36 @@ def check_told(parts: Sequence[Segment], made: Segment) -> None:
     assert made.values.rows(0, made.content.entries)[rows, 0].tolist() == tokens
 
 
+def check_files(made: Segment) -> None:
+    """Every file is what segment.json says, and `verify` finds the lists in it as they are to be."""
+    for file in made.content.files:
+        assert sha256_file(made.folder / file.name) == (file.size, file.sha256)
+    findings = Findings(made.folder.parent)
+    space = made.space
+    expected = ExpectedSegment(record=made.record, codec=space.codec, n_sub=space.n_sub, dim=space.dim, vocab_size=1_000)
+    SegmentCheck(findings, made.folder, expected, {}, full=True).run()
+    assert findings.problems == []
+
+
 @pytest.mark.parametrize(("kinds", "target"), CASES)
-@given(seed=st.integers(0, 10_000), small=st.booleans())
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_joining_in_one_space_changes_no_code(tmp_path_factory, kinds, target, seed, small):
-    """Codes, values, texts, kept keys and answers are those of the parts, whatever is read at a time."""
+@given(seed=st.integers(0, 10_000), small=st.booleans(), by_list=st.booleans())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_joining_in_one_space_changes_no_code(tmp_path_factory, kinds, target, seed, small, by_list):
+    """Codes, values, texts, kept keys and answers are those of the parts, whatever is read at a time, and in whatever order."""
     parent = tmp_path_factory.mktemp("joined")
     parts = draw_parts(parent, kinds, seed)
     with pytest.MonkeyPatch.context() as patch:
         if small:
             patch.setattr(joining, "ENCODE_ROWS", 7)
             patch.setattr(joining, "CODE_BYTES", 1)
+            patch.setattr(relisting, "_GROUP", 50)
+        if not by_list:
+            patch.setattr(joining, "LIST_BYTES", 0)
         counted: list[int] = []
         staged = join_segments(parent, parts, space=target.space, coarse=target.coarse, keys=target.keep, advance=counted.append)
     made = opened(staged, target.space, target.coarse)
     check_told(parts, made)
+    check_files(made)
     assert sum(counted) == made.content.entries
     assert np.array_equal(stored(made), np.concatenate([stored(part) for part in parts]))
     weights = [part.record.n_live() for part in parts]

@@ -14,9 +14,11 @@ from knnstore.errors import DamageError
 from knnstore.format import Codec
 from knnstore.search import search
 from knnstore.storage import lists
+from knnstore.storage import stack as stack_module
 from knnstore.storage.blocks import ORDER, block_bytes, faiss_packs_alike, pack, unpack
 from knnstore.storage.lists import labels_of, rows_of, tokens_of
 from knnstore.storage.rows import as_ranges
+from knnstore.storage.stack import Stack
 from knnstore.store import open_store
 
 K = 50
@@ -112,10 +114,11 @@ def test_lists_are_repacked_where_faiss_packs_otherwise(tmp_path, monkeypatch):
     space = trained_space(Codec.PQ4, 15)
     segment = build_segment(tmp_path, keys, values, space=space, coarse=trained_coarse(space, 10))
     mapped = search([segment], [None], queries, k=K, nprobe=4)
-    monkeypatch.setattr(lists, "faiss_packs_alike", lambda n_sub: False)
-    del segment.index
-    repacked = search([segment], [None], queries, k=K, nprobe=4)
-    assert "OnDisk" not in type(faiss.downcast_InvertedLists(segment.index.invlists)).__name__
+    monkeypatch.setattr(stack_module, "faiss_packs_alike", lambda n_sub: False)
+    other = Stack([0], [segment])
+    repacked = search([segment], [None], queries, k=K, nprobe=4, stacks=[other])
+    assert "OnDisk" not in type(faiss.downcast_InvertedLists(other.index(9).invlists)).__name__
+    assert np.array_equal(search([segment], [None], queries[:1], k=K, nprobe=4, stacks=[other]).rows, mapped.rows[:1])
     assert np.array_equal(repacked.distances, mapped.distances)
     assert np.array_equal(repacked.rows, mapped.rows)
 
@@ -161,7 +164,7 @@ def test_lists_are_the_same_however_many_are_laid_out_at_a_time(tmp_path, monkey
         folder = tmp_path / str(group)
         folder.mkdir()
         codes, assigned = space.encode(rotated), coarse.assign(rotated)
-        lists.write_lists(folder, space=space, owner=bytes(16), codes=codes, lists=assigned, nlist=20, values=values)
+        lists.write_lists(folder, space=space, owner=bytes(16), codes=codes, lists=assigned, nlist=20, values=values, base=1 << 19)
         written.append([(folder / name).read_bytes() for name in ("lists.bin", "lists.dir")])
     assert all(files == written[0] for files in written)
 
@@ -210,8 +213,8 @@ def test_opening_reads_the_directory_of_lists_not_the_entries(tmp_path):
         create_store(path, draw_keys(n, n, 8), draw_values(n, n))
         before = bytes_read()
         store = open_store(path)
-        (segment,) = store.segments
-        assert segment.index.ntotal == n
+        (segment,), (stack,) = store.segments, store.stacks
+        assert stack.index(1).ntotal == n
         cost[n] = bytes_read() - before
         assert segment.lists.nlist == 256
         lists_file = segment.folder / "lists.bin"

@@ -230,7 +230,6 @@ FULL = Manifest(
     ),
     k=1_024,
     nprobe=32,
-    reader_features=(),
     writer_features=("x",),
 )
 FIELDS: dict[str, Any] = json.loads(manifest_bytes(FULL))

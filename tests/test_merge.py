@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from effort import examples
 from held import append, assert_holds, listing, newest, watched
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from living import Drawn, by_key, create, draw
 
@@ -44,7 +45,7 @@ def stores(draw_):
     drawn=stores(), names=st.lists(st.sampled_from([None, "x", "law", "default"]), min_size=5, max_size=5),
     into=st.booleans(), on_conflict=st.sampled_from([None, "keep-first", "keep-last"]), link=st.booleans(),
 )  # fmt: skip
-@settings(max_examples=50)
+@examples(50)
 def test_a_merged_store_has_the_documents_of_all(tmp_path_factory, drawn, names, into, on_conflict, link):
     """Domains kept or renamed, the same content once, different contents refused or chosen; into a new store or the first one."""
     folder = tmp_path_factory.mktemp("merge")
@@ -176,10 +177,13 @@ KINDS = {
     "lists": [{"n": 33_000}, {"n": 33_000, "seed": 5}, {"n": 4_200}],
     "kept keys": [{"n": 4_200, "keep_keys": "f32"}, {"n": 50}],
 }
+LARGE_KINDS = ("pq8 and pq4 and raw", "lists")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "link"),
+    [pytest.param(kind, link, marks=[pytest.mark.slow] * (link and kind in LARGE_KINDS)) for link in (False, True) for kind in KINDS],
+)
 def test_answers_are_those_over_all(tmp_path, kind, link):
     """Of independently trained spaces, of several codecs, with lists: brute force over the union. Spaces and lists come along."""
     drawn, sources = [], []

@@ -269,7 +269,7 @@ def test_rows_can_be_excluded_for_one_run(store):
 # --- pointers with clusters: stores with inverted lists
 
 
-@pytest.fixture(scope="module", params=["pq4", "pq8"])
+@pytest.fixture(scope="module", params=["pq4", pytest.param("pq8", marks=pytest.mark.slow)])
 def listed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     """Segments that share lists, and a small one without."""
     path = tmp_path_factory.mktemp("listed") / "made.knn"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from stores import Document, build_segment, draw_keys, draw_values, lookup_tolerance, trained_coarse, trained_space, with_dead
 
 from knnstore.filters import allowed_rows
-from knnstore.format import Codec
+from knnstore.format import ROW_BITS, SLOT_BITS, Codec
 from knnstore.search import MAX_SELECTOR_RANGES, Hits, search
-from knnstore.storage import stack as stack_module
+from knnstore.storage.segment_writer import label_base
 from knnstore.storage.stack import Stack, stacks_of
 
 DIM = 8
@@ -98,18 +98,47 @@ def test_many_ranges_are_filtered_after(tmp_path):
     assert set(found.segments.reshape(-1).tolist()) == {0, 1, 2}
 
 
-def test_large_segments_are_by_themselves(tmp_path, monkeypatch):
-    """And so are more small ones than fit; spaces never meet in a stack."""
-    segments = build(tmp_path, Codec.PQ4, [300, 250, 40, 40, 30]) + build(tmp_path, Codec.RAW, [10, 10])
-    monkeypatch.setattr(stack_module, "PASSENGER_ENTRIES", 200)
-    assert [stack.numbers.tolist() for stack in stacks_of(segments)] == [[0, 2, 3, 4], [1], [5, 6]]
-    monkeypatch.setattr(stack_module, "MAX_MEMBERS", 2)
-    assert [stack.numbers.tolist() for stack in stacks_of(segments)] == [[0, 2], [3, 4], [1], [5, 6]]
-    monkeypatch.setattr(stack_module, "PASSENGER_BYTES", 1)
-    assert [stack.numbers.tolist() for stack in stacks_of(segments)] == [[0], [1], [2], [3], [4], [5], [6]]
+def test_segments_whose_labels_meet_are_apart(tmp_path, monkeypatch):
+    """Labels of the segments of a stack tell them apart: those that share a slot are not in one."""
+    monkeypatch.setattr("knnstore.storage.segment_writer.label_base", lambda uuid, n_rows: 0)
+    old = build(tmp_path, Codec.PQ4, [300, 250])
+    monkeypatch.undo()
+    segments = [*old, *build(tmp_path, Codec.PQ4, [40, 30], seed=5), *build(tmp_path, Codec.RAW, [10, 10])]
+    stacks = stacks_of(segments)
+    assert [stack.numbers.tolist() for stack in stacks] == [[0, 2, 3], [1], [4, 5]]
     queries = draw_keys(3, 4, DIM)
-    found = search(segments, [None] * 7, queries, k=30, nprobe=6, stacks=stacks_of(segments))
-    assert np.isfinite(found.distances).all()
+    found = search(segments, [None] * 6, queries, k=30, nprobe=6, stacks=stacks)
+    assert_same(found, one_by_one_of(stacks, segments, queries, k=30, nprobe=6), lookup_tolerance(segments[0].space, queries))
+
+
+def one_by_one_of(stacks: list[Stack], segments: list, queries, **breadth) -> Hits:
+    """Every segment in a pass of its own, with the distortion of its stack."""
+    alone = [
+        Stack([number], [member], stack.distortion)
+        for stack in stacks
+        for number, member in zip(stack.numbers.tolist(), stack.members, strict=True)
+    ]
+    return search(segments, [None] * len(segments), queries, stacks=alone, **breadth)
+
+
+@given(uuid=st.uuids(), n_rows=st.integers(1, 1 << 39))
+def test_a_base_leaves_room_for_its_rows(uuid, n_rows):
+    """Labels stay below 2**39 rows, and bases are multiples of a slot."""
+    base = label_base(uuid.hex, n_rows)
+    assert base % (1 << SLOT_BITS) == 0
+    assert 0 <= base <= (1 << ROW_BITS) - n_rows
+
+
+def test_one_query_and_many_find_the_same(tmp_path):
+    """A single query is scanned by another of faiss's loops."""
+    segments = build(tmp_path, Codec.PQ4, [700, 300, 40])
+    queries = draw_keys(8, 12, DIM)
+    stacks = stacks_of(segments)
+    for k in (1, 5, 64):
+        together = search(segments, [None] * 3, queries, k=k, nprobe=3, stacks=stacks)
+        for i in range(len(queries)):
+            alone = search(segments, [None] * 3, queries[i : i + 1], k=k, nprobe=3, stacks=stacks)
+            assert np.allclose(alone.distances[0], together.distances[i])
 
 
 def test_distortion_does_not_depend_on_how_entries_are_cut(tmp_path):
@@ -121,7 +150,7 @@ def test_distortion_does_not_depend_on_how_entries_are_cut(tmp_path):
 
 
 def test_threads_may_make_it_together(tmp_path):
-    """The copy in memory is made once."""
+    """The index is made once."""
     segments = build(tmp_path, Codec.PQ4, [300, 100, 50])
     stacks = stacks_of(segments)
     queries = draw_keys(4, 8, DIM)

@@ -283,7 +283,7 @@ def live(machine: type[Living], tell: Callable[[str], None], n_examples: int, n_
     tell(f"lives: {machine.__name__}: {n_examples}, {machine.counts['steps']:,} steps, {machine.counts['power cuts']:,} power cuts")
 
 
-@pytest.mark.parametrize(("machine", "n_examples", "n_steps"), [(Living, 30, 20), (Coded, 6, 10)])
+@pytest.mark.parametrize(("machine", "n_examples", "n_steps"), [(Living, 20, 15), (Coded, 4, 10)])
 def test_any_life_quick(tell, machine, n_examples, n_steps):
     """Few lives; one that fails is not made shorter, which takes minutes."""
     live(machine, tell, n_examples, n_steps, set(Phase) - {Phase.shrink})

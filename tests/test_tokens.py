@@ -150,7 +150,7 @@ def test_a_piece_ends_before_a_space_or_else_a_line_break() -> None:
         list(cut_pieces(["a"], 0))
 
 
-@pytest.mark.parametrize("unit", ["x", " ", "\n", "a\n", "word ", "漢"])
+@pytest.mark.parametrize("unit", ["x", "a\n", *(pytest.param(unit, marks=pytest.mark.slow) for unit in (" ", "\n", "word ", "漢"))])
 def test_a_line_of_50_mb_is_cut_in_a_few_seconds(unit: str) -> None:
     """Time is linear, whether the text is one word, one run of spaces, or has no spaces at all."""
     text = unit * (50_000_000 // len(unit.encode()))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from knnstore.build import StagedSegment, has_index, take_back
 from knnstore.changes import Change, DocumentKey, commit_change
 from knnstore.errors import InvalidArgumentError
+from knnstore.filters import live_hashes
 from knnstore.growth import Ground
-from knnstore.inspection import live_hashes
 from knnstore.lm.building import Building, dtype_name, fingerprint, short_list
 from knnstore.lm.corpus import CorpusInputs, list_inputs
 from knnstore.lm.embed import Embedder

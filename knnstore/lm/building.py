@@ -18,6 +18,7 @@ from knnstore.lm.corpus import CorpusFile, CorpusInputs
 from knnstore.lm.decoding import BLOCK_BYTES
 from knnstore.lm.drafts import DraftSegment, Reading
 from knnstore.lm.embed import Embedder, SegmentTokens
+from knnstore.lm.heap import kept_heap
 from knnstore.lm.models import LanguageModel
 from knnstore.lm.reading import Known, read_corpus
 from knnstore.lm.tokens import DocumentTokenizer
@@ -116,7 +117,8 @@ class Building:
             with ExitStack() as stack:
                 tokens = self._open_tokens(reading, stack)
                 sample = self._sample(tokens, reading.entries)
-                keys = self._sampled_keys(tokens, sample, dim)
+                with kept_heap():
+                    keys = self._sampled_keys(tokens, sample, dim)
             with self.progress.stage("training the index", total=1, unit="index") as stage:
                 if ground is None:
                     save_index(self.job, *train_index(keys, reading.entries, self.options))
@@ -227,7 +229,8 @@ class Building:
                 stage.advance(sum(map(len, keys)))
             writer.save()
             missing = np.flatnonzero(~writer.done[rows])
-            self._embed(tokens, missing, rows[missing], stage, writer, coarse)
+            with kept_heap():
+                self._embed(tokens, missing, rows[missing], stage, writer, coarse)
             writer.save()
             distortion = writer.distortion_sum / max(1, writer.distortion_count)
         finish_segment(

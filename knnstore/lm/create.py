@@ -71,7 +71,7 @@ def create(
     or None for the small one that ships with the package. key_layer: None for the input of the last feed-forward net.
     keep_keys: `f16`, `bf16` or `f32` to allow exact search (2 or 4 bytes times the key's width an entry). context, stride: tokens of
     a window, and of what is new in the next. Called again after a kill with the same arguments, it goes on where it was.
-    Memory: the model, one batch, 1 GiB for the sample, 12 bytes an entry of one segment, some 150 bytes a document.
+    Memory: the model, one batch, 1 GiB for the sample, 4 bytes an entry of one segment, some 150 bytes a document.
     Returns the datastore, open at snapshot 1. Raises NotFoundError, CorpusError, ModelError, InvalidArgumentError,
     StorageError, LockedError.
     """

@@ -63,7 +63,7 @@ def compact(
     manifest names; any other must be the same checkpoint. dtype: None for what the newest keys were computed in.
     The calibration is kept; after retrain it is stale. A run of the model that was killed goes on where it was, anything else begins
     anew. Needs as much disk space as what it writes again, and a half more on the way; what was there before goes with `gc`.
-    Memory: 64 MiB of codes, 12 bytes an entry of one segment, 1 GiB for the sample, some hundred bytes a document.
+    Memory: 64 MiB of codes, 4 bytes an entry of one segment, 1 GiB for the sample, some hundred bytes a document.
     Returns the datastore, open at the new snapshot (at the one there was, where nothing is to do). Raises ConflictError where others
     rewrote the same segments meanwhile, InvalidArgumentError, CheckpointMismatchError, NotFoundError, ModelError, DamageError,
     StorageError, LockedError.

@@ -32,17 +32,18 @@ from knnstore.format import (
     parse_header,
 )
 from knnstore.storage.arrays import map_file, read_array, write_array
-from knnstore.storage.blocks import block_bytes, faiss_packs_alike, pack, single_codes, unpack
+from knnstore.storage.blocks import block_bytes, pack, single_codes, unpack
 from knnstore.storage.files import FileWriter
 from knnstore.storage.rows import RangeSet, contains
 from knnstore.storage.space import Space
 
-__all__ = ["MEMBER_SHIFT", "MappedLists", "entry_bytes", "labels_of", "rows_of", "stacked_index", "tokens_of", "write_lists"]
+__all__ = ["MappedLists", "entry_bytes", "labels_of", "rows_of", "single_query_index", "stacked_index", "tokens_of", "write_lists"]
 
 Labels = NDArray[np.int64]
 
-MEMBER_SHIFT = TOKEN_BITS + 32  # in memory only: where the number of a segment stands in a label; its rows are below 2**32
+SINGLE_IMPLEM = 11  # faiss's scan of one query, list by list, which does not pack its table anew for each of them: a tenth faster
 
+_SORTED = 262_144  # rows sorted by their list at a time
 _GROUP = 65_536  # entries packed at a time: stays in the cache, bounds the memory of writing
 
 
@@ -56,10 +57,12 @@ def rows_of(labels: Labels) -> NDArray[np.int64]:
     return labels >> TOKEN_BITS
 
 
-def tokens_of(labels: Labels) -> NDArray[np.int32]:
-    """The token of each label; -1 where the label is -1."""
-    tokens = (labels & ((1 << TOKEN_BITS) - 1)).astype(np.int32)
-    tokens[labels < 0] = -1
+def tokens_of(labels: Labels, *, whole: bool = False) -> NDArray[np.int32]:
+    """The token of each label; -1 where the label is -1. whole: there is none such."""
+    tokens = np.empty(labels.shape, np.int32)
+    np.bitwise_and(labels, (1 << TOKEN_BITS) - 1, out=tokens, casting="unsafe")
+    if not whole:
+        tokens[labels < 0] = -1
     return tokens
 
 
@@ -77,27 +80,28 @@ def write_lists(
     lists: NDArray[np.uint32] | None,
     nlist: int,
     values: NDArray[Any],
+    base: int,
 ) -> None:
     """Writes lists.bin and lists.dir.
 
     codes: (n, code_size) u8 in row order, may be mapped; lists: (n,) u32, the list of each row, None for one list;
-    values: (n,) token ids. Takes 12 bytes of memory an entry, and what the larger of 65,536 entries and the longest list takes on disk.
+    values: (n,) token ids; base: what labels say row 0 is. Takes 4 bytes of memory an entry, and what the larger of 65,536 entries
+    and the longest list takes on disk.
     """
     n = len(codes)
     width = entry_bytes(space)
     if lists is None:
         sizes, order = np.array([n], np.int64), None
     else:
-        narrow = lists.astype(np.uint16) if nlist <= 1 << 16 else lists  # numpy sorts 16-bit keys by radix
-        order = np.argsort(narrow, kind="stable")
-        sizes = np.bincount(lists, minlength=nlist).astype(np.int64)
+        sizes, order = _by_list(lists, nlist)
     begins = np.concatenate(([0], np.cumsum(sizes)))
     directory = np.zeros((len(sizes), 3), np.uint64)
     header = Header(kind=Kind.LISTS, codec=space.codec, dtype=DType.U8, rows=n, columns=width, owner=owner)
     with FileWriter(folder / LISTS_FILE, header_size=HEADER_SIZE) as writer:
         for first, stop in _groups(sizes):
-            rows = np.arange(begins[first], begins[stop]) if order is None else order[begins[first] : begins[stop]]
-            blocks, labels, at = _lay_out(space, codes, values, rows, sizes[first:stop])
+            some = slice(begins[first], begins[stop])
+            rows = np.arange(some.start, some.stop) if order is None else order[some].astype(np.int64)
+            blocks, labels, at = _lay_out(space, codes, values, rows, sizes[first:stop], base)
             for number, (lo, hi) in enumerate(pairwise(at), start=first):
                 body, tail = blocks[lo * width : hi * width], labels[lo:hi]
                 digest = xxhash.xxh3_64(body)
@@ -108,6 +112,23 @@ def write_lists(
                 writer.pad_to(aligned(writer.position))
         writer.finish(header.pack())
     write_array(folder / DIRECTORY_FILE, directory, kind=Kind.DIRECTORY, dtype=DType.U64, owner=owner, codec=space.codec)
+
+
+def _by_list(lists: NDArray[np.uint32], nlist: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Entries of each list, (nlist,), and all rows in the order of their lists, (n,) u32. Sorted run by run: sorting all at once takes four
+    times the memory of the result."""
+    sizes = np.zeros(nlist, np.int64)
+    for at in range(0, len(lists), _SORTED):
+        sizes += np.bincount(lists[at : at + _SORTED], minlength=nlist)
+    order = np.empty(len(lists), np.uint32)
+    free = np.cumsum(sizes) - sizes  # the next place of each list
+    for at in range(0, len(lists), _SORTED):
+        some = lists[at : at + _SORTED]
+        by_list = np.argsort(some.astype(np.uint16) if nlist <= 1 << 16 else some, kind="stable")  # numpy sorts 16-bit keys by radix
+        of_each = np.bincount(some, minlength=nlist)
+        order[np.arange(len(some)) + np.repeat(free - (np.cumsum(of_each) - of_each), of_each)] = by_list + at
+        free += of_each
+    return sizes, order
 
 
 def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -129,7 +150,7 @@ def _groups(sizes: NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _lay_out(
-    space: Space, codes: NDArray[np.uint8], values: NDArray[Any], rows: NDArray[np.int64], sizes: NDArray[np.int64]
+    space: Space, codes: NDArray[np.uint8], values: NDArray[Any], rows: NDArray[np.int64], sizes: NDArray[np.int64], base: int
 ) -> tuple[NDArray[np.uint8], Labels, list[int]]:
     """Codes and labels of a group of lists, each list padded: bytes (padded * width,), labels (padded,), bounds of the lists."""
     capacities = _padded(sizes)
@@ -138,7 +159,7 @@ def _lay_out(
     shift = np.repeat(at[:-1] - np.concatenate(([0], np.cumsum(sizes)[:-1])), sizes)
     place = np.arange(len(rows)) + shift
     labels = np.full(total, -1, "<i8")
-    labels[place] = labels_of(rows, values[rows])
+    labels[place] = labels_of(rows + base, values[rows])
     blocks = np.empty(total * entry_bytes(space), np.uint8)
     laid = np.zeros((min(total, _GROUP), space.code_size), np.uint8)
     # A list may be larger than a group (a flat segment, a crowded list): it goes through in pieces of whole blocks.
@@ -154,10 +175,14 @@ def _lay_out(
 
 
 class MappedLists:
-    """The lists of one segment, mapped. Opening reads the directory (24 bytes a list) and nothing of the lists."""
+    """The lists of one segment, mapped. Opening reads the directory (24 bytes a list) and nothing of the lists.
 
-    def __init__(self, folder: Path, *, space: Space, owner: bytes, nlist: int, n_entries: int, size: int) -> None:
+    Its methods count rows from 0; in the file, and in what faiss finds there, labels count them from `base`.
+    """
+
+    def __init__(self, folder: Path, *, space: Space, owner: bytes, nlist: int, n_entries: int, size: int, base: int) -> None:
         """size: bytes of lists.bin by the manifest. Raises DamageError where directory and file do not fit together."""
+        self.base = base
         self.path = folder / LISTS_FILE
         self._space, self._width = space, entry_bytes(space)
         directory = read_array(folder / DIRECTORY_FILE, kind=Kind.DIRECTORY, owner=owner, shape=(nlist, 3))
@@ -175,8 +200,7 @@ class MappedLists:
             or (self.offsets + self.capacities * (self._width + 8) > size).any()
         ):
             raise DamageError(f"{self.path}: it does not fit its directory. Run `knnstore verify`.")
-        self._seen = np.zeros(nlist, dtype=bool)
-        self._seen[self.sizes == 0] = True
+        self._seen = np.append(self.sizes == 0, True)  # the last: of list -1
 
     @property
     def nlist(self) -> int:
@@ -188,11 +212,10 @@ class MappedLists:
 
     def check(self, numbers: NDArray[np.int64]) -> None:
         """Compares the checksums of these lists (any shape, -1 ignored) if this process has not yet. Raises DamageError."""
-        if self._seen.all():
+        unseen = numbers[~self._seen[numbers]]
+        if not len(unseen):
             return
-        wanted = np.zeros(self.nlist, dtype=bool)
-        wanted[numbers[numbers >= 0]] = True
-        for number in np.flatnonzero(wanted & ~self._seen).tolist():
+        for number in np.unique(unseen).tolist():
             if xxhash.xxh3_64_intdigest(self._bytes(number)) != self._checks[number]:
                 raise DamageError(f"{self.path}: list {number} does not match its checksum. Run `knnstore verify`.")
             self._seen[number] = True
@@ -212,18 +235,34 @@ class MappedLists:
         self.check(np.array([number]))
         return self._labels(number)
 
+    def stored(self, first: int, stop: int) -> tuple[NDArray[np.uint8], Labels]:
+        """The lists [first, stop) one after the other, checked: codes as they lie there, padding too, and labels (n,) int64.
+
+        4-bit codes: blocks (b, block_bytes) u8; others (padded entries, width) u8.
+        """
+        self.check(np.arange(first, stop))
+        begins, ends = self.offsets[first:stop], self.offsets[first:stop] + self.capacities[first:stop] * self._width
+        codes = np.concatenate([self._raw[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
+        sizes = self.sizes[first:stop]
+        at = np.repeat(ends // 8 - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
+        labels = self._raw[: len(self._raw) // 8 * 8].view("<i8")[at]
+        labels -= self.base << TOKEN_BITS
+        return codes.reshape(-1, block_bytes(self._space.n_sub) if self._space.codec is Codec.PQ4 else self._width), labels
+
     def at(self, numbers: Labels, within: Labels) -> tuple[NDArray[np.uint8], Labels]:
         """Codes as encoded (n, code_size) u8 and labels (n,) int64 of single entries, by list and place in it, both (n,); checked."""
         self.check(numbers)
         begins = self.offsets[numbers]
         labels = self._raw[: len(self._raw) // 8 * 8].view("<i8")[(begins + self.capacities[numbers] * self._width) // 8 + within]
+        labels -= self.base << TOKEN_BITS
         if self._space.codec is Codec.PQ4:
             return single_codes(self._raw, begins, within, self._space.n_sub), labels
         return self._raw[(begins + within * self._width)[:, None] + np.arange(self._width)], labels
 
     def _labels(self, number: int) -> Labels:
         cut = int(self.capacities[number]) * self._width
-        return self._bytes(number)[cut:].view("<i8")[: int(self.sizes[number])]
+        stored: Labels = self._bytes(number)[cut:].view("<i8")[: int(self.sizes[number])]
+        return stored - (self.base << TOKEN_BITS)
 
     def _codes(self, number: int, lo: int, hi: int) -> NDArray[np.uint8]:
         """Codes of the entries [lo, hi) of a list, (hi - lo, code_size) u8."""
@@ -266,53 +305,69 @@ class MappedLists:
         order = np.argsort(joined)
         return joined[order], np.concatenate(found_codes)[order]
 
-    def index(self) -> Any:
-        """A faiss index over these lists, to be searched with `search_preassigned_c` only (it has no centroids).
+    @property
+    def address(self) -> int:
+        """Where the file is mapped."""
+        return int(self._raw.ctypes.data)
 
-        Where the installed faiss packs 4-bit codes otherwise than this format, the lists are repacked in memory.
-        """
-        if self._space.codec is Codec.PQ4 and not faiss_packs_alike(self._space.n_sub):
-            return self._repacked()
-        return stacked_index(self._space, [self])
-
-    def tagged(self, member: int) -> NDArray[np.uint8]:
-        """A copy of the file in memory, aligned as it is, with a number in the upper bits of every label. Looks at every checksum."""
-        self.check(np.arange(self.nlist))
-        room = np.empty(self._raw.nbytes + ALIGNMENT, np.uint8)
-        copy = room[-room.ctypes.data % ALIGNMENT :][: self._raw.nbytes]
-        copy[:] = self._raw
-        begins = (self.offsets + self.capacities * self._width) // 8
-        shift = np.repeat(begins - np.concatenate(([0], np.cumsum(self.capacities)[:-1])), self.capacities)
-        at = np.arange(len(shift)) + shift
-        labels = copy[: len(copy) // 8 * 8].view("<i8")
-        labels[at] = np.where(labels[at] < 0, labels[at], labels[at] | (member << MEMBER_SHIFT))
-        return copy
-
-    def _repacked(self) -> Any:
-        """The same over lists in memory, packed by faiss itself from codes as they are encoded. Looks at every list's checksum."""
+    def repacked(self) -> Any:
+        """A faiss index over the same lists in memory, packed by faiss itself from codes as they are encoded, for an installed faiss that
+        packs 4-bit codes otherwise than this format. Looks at every list's checksum."""
         space = self._space
         quantizer = faiss.IndexFlatL2(space.dim)
         plain = faiss.IndexIVFPQ(quantizer, space.dim, self.nlist, space.n_sub, 4)
         _finish_shell(plain, space, quantizer)
         for number in range(self.nlist):
-            codes, labels = (np.ascontiguousarray(array) for array in self.entries(number))
-            plain.invlists.add_entries(number, len(labels), faiss.swig_ptr(labels), faiss.swig_ptr(codes))
+            codes, labels = self.entries(number)
+            labels += self.base << TOKEN_BITS
+            plain.invlists.add_entries(number, len(labels), faiss.swig_ptr(labels), faiss.swig_ptr(np.ascontiguousarray(codes)))
         plain.ntotal = int(self.sizes.sum())
         shell = faiss.IndexIVFPQFastScan(plain, BLOCK_ENTRIES)
         _finish_shell(shell, space, quantizer)
         return shell
 
 
-def stacked_index(space: Space, members: Sequence[MappedLists]) -> Any:
-    """A faiss index over the lists of several segments, one after the other, to be searched with `search_preassigned_c` only.
+def stacked_index(space: Space, members: Sequence[MappedLists], numbers: Sequence[NDArray[np.int64]]) -> Any:
+    """A faiss index over the mapped lists of several segments, to be searched with `search_preassigned_c` only (it has no centroids).
 
-    The first segment's lists stay where they are mapped. Those of the others are copied to memory; their labels carry the number of
-    the segment in the upper bits. faiss asks where a list is, counted from where the file is mapped: copies are counted from there too.
+    numbers: for each member, what number each of its lists has in the index. faiss asks where a list is, counted from where one file is
+    mapped: lists of the other files are counted from there too.
     """
-    first, *others = members
     nlist = sum(member.nlist for member in members)
+    shell = _shell(space, nlist)
+    lists = faiss.OnDiskInvertedLists(nlist, entry_bytes(space), str(members[0].path))
+    lists.read_only = True
+    lists.totsize = members[0].n_bytes
+    lists.do_mmap()
+    lists.prefetch_nthread = 0
+    table = np.empty((nlist, 3), np.uint64)
+    for member, at in zip(members, numbers, strict=True):
+        distance = np.uint64((member.address - int(lists.ptr)) % (1 << 64))
+        table[at, 0], table[at, 1] = member.sizes, member.capacities
+        table[at, 2] = member.offsets.astype(np.uint64) + distance  # may wrap around, as faiss's own sum will
+    _fill(lists, table)
+    shell.replace_invlists(lists, True)
+    lists.this.disown()
+    shell.ntotal = int(table[:, 0].sum())
+    shell.referenced_objects += members  # whose files must stay mapped
+    return shell
+
+
+def single_query_index(space: Space, index: Any) -> Any:
+    """An index over the same lists for one query at a time."""
+    if space.codec is not Codec.PQ4:
+        return index
+    shell = _shell(space, index.nlist)
+    shell.replace_invlists(index.invlists, False)
+    shell.ntotal = index.ntotal
+    shell.implem = SINGLE_IMPLEM
+    shell.referenced_objects.append(index)
+    return shell
+
+
+def _shell(space: Space, nlist: int) -> Any:
+    """An index of the space's codec, without centroids of its own and so far without lists."""
     quantizer = faiss.IndexFlatL2(space.dim)
-    width = entry_bytes(space)
     if space.codec is Codec.RAW:
         shell = faiss.IndexIVFFlat(quantizer, space.dim, nlist)
     elif space.codec is Codec.PQ4:
@@ -320,22 +375,6 @@ def stacked_index(space: Space, members: Sequence[MappedLists]) -> Any:
     else:
         shell = faiss.IndexIVFPQ(quantizer, space.dim, nlist, space.n_sub, 8)
     _finish_shell(shell, space, quantizer)
-    lists = faiss.OnDiskInvertedLists(nlist, width, str(first.path))
-    lists.read_only = True
-    lists.totsize = first.n_bytes
-    lists.do_mmap()
-    lists.prefetch_nthread = 0
-    copies = [member.tagged(number) for number, member in enumerate(others, start=1)]
-    offsets = [first.offsets.astype(np.uint64)]
-    for member, copy in zip(others, copies, strict=True):
-        distance = (copy.ctypes.data - int(lists.ptr)) % (1 << 64)
-        offsets.append(member.offsets.astype(np.uint64) + np.uint64(distance))  # may wrap around, as faiss's own sum will
-    sizes = np.concatenate([member.sizes for member in members])
-    _fill(lists, sizes, np.concatenate([member.capacities for member in members]), np.concatenate(offsets))
-    shell.replace_invlists(lists, True)
-    lists.this.disown()
-    shell.ntotal = int(sizes.sum())
-    shell.referenced_objects += copies
     return shell
 
 
@@ -350,12 +389,11 @@ def _finish_shell(shell: Any, space: Space, quantizer: Any) -> None:
     shell.referenced_objects = [quantizer]  # faiss keeps a bare pointer
 
 
-def _fill(lists: Any, sizes: NDArray[np.int64], capacities: NDArray[np.int64], offsets: NDArray[np.uint64]) -> None:
-    """Sets size, capacity and offset of every list at once: three u64 a list in the vector's own memory."""
+def _fill(lists: Any, table: NDArray[np.uint64]) -> None:
+    """Sets (size, capacity, offset) of every list at once: three u64 a list in the vector's own memory."""
     vector = lists.lists
-    vector.resize(len(sizes))
-    memory = (ctypes.c_uint64 * (3 * len(sizes))).from_address(int(vector.data().this))
-    table = np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)
-    table[:, 0], table[:, 1], table[:, 2] = sizes, capacities, offsets
-    last = vector.at(len(sizes) - 1)
+    vector.resize(len(table))
+    memory = (ctypes.c_uint64 * table.size).from_address(int(vector.data().this))
+    np.frombuffer(memory, dtype=np.uint64).reshape(-1, 3)[:] = table
+    last = vector.at(len(table) - 1)
     assert (last.size, last.capacity, last.offset) == tuple(table[-1].tolist()), "faiss lays out OnDiskOneList otherwise"

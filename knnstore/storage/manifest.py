@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knnstore.errors import InvalidArgumentError
-from knnstore.format import ROTATIONS, SEGMENT_ENTRIES, Codec
+from knnstore.format import LABEL_BASE, ROTATIONS, SEGMENT_ENTRIES, Codec
 from knnstore.storage.calibration import Calibration
 from knnstore.storage.checkpoint import Checkpoint, KeyLayer
 from knnstore.storage.rows import RangeSet, as_ranges
@@ -74,7 +74,8 @@ class SegmentContent:
     """What a segment's own `segment.json` says.
 
     coarse: None for one flat list. keys: type of kept keys, None without. dtype: what the model computed in, None where the
-    keys came from elsewhere. distortion: mean squared distance between keys and their decoded codes.
+    keys came from elsewhere. distortion: mean squared distance between keys and their decoded codes. label_base: what its labels say row
+    0 is.
     """
 
     uuid: str
@@ -90,6 +91,7 @@ class SegmentContent:
     windows: WindowRule | None
     distortion: float
     files: tuple[FileRecord, ...]
+    label_base: int = 0
 
     def size_of(self, name: str) -> int:
         """Bytes of one of its files; 0 where it has none of that name."""
@@ -157,7 +159,7 @@ class Manifest:
 
     tokens, windows: the rules by which text became tokens and windows, None where entries came from elsewhere. index: how keys
     become codes in what is added. documents: how many each domain has.
-    k, nprobe: of a search that does not say. reader_features, writer_features: what must be understood to read it, to build on it.
+    k, nprobe: of a search that does not say. writer_features: what must be understood to build on it.
     """
 
     uuid: str
@@ -177,8 +179,12 @@ class Manifest:
     calibration: Calibration | None
     k: int
     nprobe: int
-    reader_features: tuple[str, ...] = ()
     writer_features: tuple[str, ...] = ()
+
+    @property
+    def reader_features(self) -> tuple[str, ...]:
+        """What must be understood to read it."""
+        return (LABEL_BASE,) if any(record.content.label_base for record in self.segments) else ()
 
     def domains(self) -> list[str]:
         """Names of all domains that have documents, sorted."""

@@ -24,6 +24,7 @@ from knnstore.format import (
     ROTATION_FILE,
     ROTATIONS,
     ROW_BITS,
+    SLOT_BITS,
     SPACE_FILE,
     VALUES_FILE,
 )
@@ -94,7 +95,10 @@ def _plain(record: Any) -> Any:
 
 def segment_content_fields(content: SegmentContent) -> dict[str, Any]:
     """The JSON fields of a segment.json."""
-    return {**_plain(content), "files": _file_fields(content.files)}
+    fields = {**_plain(content), "files": _file_fields(content.files)}
+    if not content.label_base:
+        del fields["label_base"]
+    return fields
 
 
 def _file_fields(files: Sequence[FileRecord]) -> dict[str, Any]:
@@ -150,11 +154,11 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
     if parse_size(fields["format"], f"{at}.format") != FORMAT_VERSION:
         raise DamageError(f"{at}: format {fields['format']}, which there never was. Run `knnstore verify`.")
     features = parse_object(fields["features"], f"{at}.features", required=("reader", "writer"))
-    reader_features, writer_features = (
+    readers, writers = (
         tuple(parse_text(item, f"{at}.features.{side}") for item in parse_list(features[side], f"{at}.features.{side}"))
         for side in ("reader", "writer")
     )
-    unknown = sorted(set(reader_features) - READER_FEATURES)
+    unknown = sorted(set(readers) - READER_FEATURES)
     if unknown:
         raise FormatError(f"{at}: it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
     defaults = parse_object(fields["defaults"], f"{at}.defaults", required=("k", "nprobe"))
@@ -178,8 +182,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
         calibration=parse_calibration(fields["calibration"], f"{at}.calibration"),
         k=parse_size(defaults["k"], f"{at}.defaults.k"),
         nprobe=parse_size(defaults["nprobe"], f"{at}.defaults.nprobe"),
-        reader_features=reader_features,
-        writer_features=writer_features,
+        writer_features=writers,
     )
     _check_references(manifest, at)
     return manifest
@@ -283,7 +286,7 @@ def parse_segment_content(raw: object, at: str) -> SegmentContent:
     names = (
         "coarse", "distortion", "documents", "dtype", "entries", "files", "keys", "nlist", "space", "text", "uuid", "values", "windows",
     )  # fmt: skip
-    fields = parse_object(raw, at, required=names)
+    fields = parse_object(raw, at, required=names, optional=("label_base",))
     return SegmentContent(
         uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
         space=parse_hex(fields["space"], f"{at}.space", 32),
@@ -298,7 +301,15 @@ def parse_segment_content(raw: object, at: str) -> SegmentContent:
         windows=_parse_windows(fields["windows"], f"{at}.windows"),
         distortion=parse_number(fields["distortion"], f"{at}.distortion", 0.0, DISTANCE_MAX),
         files=_parse_files(fields["files"], f"{at}.files", SEGMENT_FILES),
+        label_base=_parse_base(fields["label_base"], f"{at}.label_base", entries),
     )
+
+
+def _parse_base(raw: object, at: str, entries: int) -> int:
+    base = 0 if raw is None else parse_size(raw, at, most=(1 << ROW_BITS) - entries)
+    if base % (1 << SLOT_BITS):
+        raise DamageError(f"{at}: {base} is no multiple of {1 << SLOT_BITS}. Run `knnstore verify`.")
+    return base
 
 
 def _parse_windows(raw: object, at: str) -> WindowRule | None:

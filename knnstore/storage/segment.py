@@ -5,7 +5,6 @@ import os
 import threading
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +49,15 @@ class Segment:
     def lists(self) -> MappedLists:
         content = self.content
         size = content.size_of(LISTS_FILE)
-        return MappedLists(self.folder, space=self.space, owner=self._owner, nlist=content.nlist, n_entries=content.entries, size=size)
-
-    @cached_property
-    def index(self) -> Any:
-        """The faiss index over the mapped lists."""
-        return self.lists.index()
+        return MappedLists(
+            self.folder,
+            space=self.space,
+            owner=self._owner,
+            nlist=content.nlist,
+            n_entries=content.entries,
+            size=size,
+            base=content.label_base,
+        )
 
     @cached_property
     def values(self) -> MappedArray:

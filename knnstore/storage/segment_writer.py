@@ -23,7 +23,9 @@ from knnstore.format import (
     LISTS_FILE,
     MAX_VOCABULARY,
     NUMPY_TYPES,
+    ROW_BITS,
     SEGMENT_FILE,
+    SLOT_BITS,
     VALUES_FILE,
     DType,
     Header,
@@ -42,7 +44,7 @@ from knnstore.storage.manifest_json import canonical, segment_content_fields
 from knnstore.storage.segment import read_segment_content
 from knnstore.storage.space import Space
 
-__all__ = ["CodesWriter", "DocumentsWriter", "finish_segment", "tidy_segment", "written_codes"]
+__all__ = ["CodesWriter", "DocumentsWriter", "finish_segment", "label_base", "tidy_segment", "written_codes"]
 
 _KEY_TYPES = {"f16": DType.F16, "bf16": DType.BF16, "f32": DType.F32}
 _CODES = "codes.tmp"
@@ -267,21 +269,30 @@ def finish_segment(
     distortion: float,
     dtype: str | None,
     windows: WindowRule | None,
+    lists_record: FileRecord | None = None,
 ) -> SegmentContent:
-    """Phase 3: the lists from the codes of all rows, then segment.json. Temporary files are removed. Continues after a kill."""
+    """Phase 3: the lists from the codes of all rows, then segment.json. Temporary files are removed. Continues after a kill.
+
+    lists_record: of lists.bin, where it and lists.dir are written already (with `label_base`).
+    """
     owner = bytes.fromhex(uuid)
     values, values_dtype = _finished_values(folder, owner)
     n_rows = len(values)
     nlist = 1 if coarse is None else coarse.nlist
-    codes = written_codes(folder, space=space, n_rows=n_rows)
-    lists = None if coarse is None else _mapped(folder / _LISTS, np.dtype("<u4"))
-    write_lists(folder, space=space, owner=owner, codes=codes, lists=lists, nlist=nlist, values=values)
+    base = label_base(uuid, n_rows)
+    if lists_record is None:
+        codes = written_codes(folder, space=space, n_rows=n_rows)
+        lists = None if coarse is None else _mapped(folder / _LISTS, np.dtype("<u4"))
+        write_lists(folder, space=space, owner=owner, codes=codes, lists=lists, nlist=nlist, values=values, base=base)
     names = [LISTS_FILE, DIRECTORY_FILE, VALUES_FILE, CONTEXTS_FILE, IDS_FILE]
     if keys is not None:
         _finish_keys(folder / KEYS_FILE, _KEY_TYPES[keys], n_rows, space.dim, owner)
         names.append(KEYS_FILE)
     files = []
     for name in names:
+        if lists_record is not None and name == LISTS_FILE:
+            files.append(lists_record)
+            continue
         size, sha256 = sha256_file(folder / name)
         files.append(FileRecord(name=name, size=size, sha256=sha256))
     content = SegmentContent(
@@ -298,11 +309,18 @@ def finish_segment(
         windows=windows,
         distortion=distortion,
         files=tuple(files),
+        label_base=base,
     )
     disk.sync_folder(folder)  # segment.json's name must not outlast a power cut that others do not
     replace_file(folder / SEGMENT_FILE, canonical(segment_content_fields(content)))
     tidy_segment(folder)
     return content
+
+
+def label_base(uuid: str, n_rows: int) -> int:
+    """What the labels of a segment say row 0 is: drawn by its uuid, so that labels of several segments hardly ever meet."""
+    slots = (1 << (ROW_BITS - SLOT_BITS)) - (n_rows >> SLOT_BITS) - 1
+    return int(uuid[:16], 16) % max(1, slots) << SLOT_BITS
 
 
 def tidy_segment(folder: Path) -> None:

@@ -33,7 +33,7 @@ Codes = NDArray[np.uint8]
 TARGET_SUBQUANTIZERS = {Codec.PQ4: 128, Codec.PQ8: 64}  # 64 bytes of code either way: the field's usual size
 BITS = {Codec.PQ4: 4, Codec.PQ8: 8}
 MIN_TRAINING = {Codec.RAW: 0, Codec.PQ4: 4_096, Codec.PQ8: 10_240}  # entries: 256 and 40 a centroid; below, keys stay raw
-PQ_TRAINING_MAX = 65_536  # sampled keys looked at
+PQ_TRAINING_MAX = {Codec.PQ4: 16_384, Codec.PQ8: 65_536}  # sampled keys looked at: 4 times what a 4-bit quantizer is trained on
 KMEANS_ITERATIONS = 25  # faiss's own number for product quantizers
 POINTS_PER_CENTROID = {4: 256, 8: 256}  # sampled keys a centroid is trained on; more change the distortion by under 0.1%
 OPQ_TRAINING_MAX = 16_384  # OPQ alternates PCA and PQ; more took longer and changed nothing measurable
@@ -68,7 +68,17 @@ class Space:
     def rotate(self, keys: Keys) -> Keys:
         """(n, dim) keys into the space's own axes; distances do not change."""
         x = np.ascontiguousarray(keys, dtype=np.float32)
-        return x if self.rotation is None else self._turn.apply(x)
+        if self.rotation is None:
+            return x
+        if len(x) != 1:
+            return self._turn.apply(x)  # type: ignore[no-any-return]
+        turned = np.empty_like(x)  # without waking threads for one key
+        faiss.fvec_inner_products_ny(faiss.swig_ptr(turned), faiss.swig_ptr(x), faiss.swig_ptr(self._rows), self.dim, self.dim)
+        return turned
+
+    @cached_property
+    def _rows(self) -> Keys:
+        return np.ascontiguousarray(self.rotation, dtype=np.float32)
 
     @cached_property
     def _turn(self) -> Any:
@@ -173,8 +183,8 @@ def train_space(sample: Keys, *, codec: Codec, rotation: str = "random", seed: i
     rng = np.random.default_rng(seed)
     n_sub = n_subquantizers(dim, codec)
     chosen = sample
-    if len(sample) > PQ_TRAINING_MAX:
-        chosen = sample[np.sort(rng.choice(len(sample), PQ_TRAINING_MAX, replace=False))]
+    if len(sample) > PQ_TRAINING_MAX[codec]:
+        chosen = sample[np.sort(rng.choice(len(sample), PQ_TRAINING_MAX[codec], replace=False))]
     chosen = np.ascontiguousarray(chosen, dtype=np.float32)
     matrix = _rotation(chosen, rotation, n_sub, rng)
     rotated = chosen if matrix is None else np.ascontiguousarray(chosen @ matrix.T)

@@ -29,9 +29,10 @@ class Extents:
 class ListsWalk:
     """Goes through `lists.bin` a piece at a time: checksums of lists, and the token that each row's label carries."""
 
-    def __init__(self, directory: NDArray[np.uint64], entry_bytes: int, n_entries: int, *, in_row_order: bool) -> None:
+    def __init__(self, directory: NDArray[np.uint64], entry_bytes: int, n_entries: int, *, base: int, in_row_order: bool) -> None:
+        """base: what labels say row 0 is."""
         self._lists = Extents(directory, entry_bytes)
-        self._in_row_order = in_row_order
+        self._base, self._in_row_order = base, in_row_order
         self._tokens = np.full(n_entries, _NO_TOKEN, np.uint32)
         self._begun: xxhash.xxh3_64 | None = None  # of a list that goes on in the next piece
         self._n_strange = 0  # labels of no row of the segment
@@ -83,7 +84,7 @@ class ListsWalk:
                 self.damaged.append(f"list {number}")
 
     def _take_labels(self, labels: NDArray[np.int64]) -> None:
-        rows = labels >> TOKEN_BITS
+        rows = (labels >> TOKEN_BITS) - self._base
         if self._in_row_order:
             self._ordered &= bool((rows == np.arange(self._n_seen, self._n_seen + len(rows))).all())
         self._n_seen += len(rows)

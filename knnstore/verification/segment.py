@@ -252,7 +252,7 @@ class SegmentCheck:
                 check_header(bytes(file.read(HEADER_SIZE)), path, expected)
                 if directory is None:
                     return
-                walk = ListsWalk(directory, width, n_entries, in_row_order=codec is Codec.RAW)
+                walk = ListsWalk(directory, width, n_entries, base=self._content.label_base, in_row_order=codec is Codec.RAW)
                 for piece in file.pieces(file.left):
                     walk.take(file.position - len(piece), piece)
                 file.damaged += walk.damaged
