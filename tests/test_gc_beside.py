@@ -16,8 +16,8 @@ import knnstore
 from knnstore.errors import LockedError
 from knnstore.storage import jobs as jobs_module
 from knnstore.storage.catalog import StoreFolder, list_manifests, open_snapshot
-from knnstore.storage.files import Disk, disk
-from knnstore.storage.jobs import job_name, run_job
+from knnstore.storage.files import Disk, disk, hold_lock
+from knnstore.storage.jobs import job_name, remove_job, run_job
 
 ANSWER_S = 60
 
@@ -238,7 +238,7 @@ WORKER = """
 import sys
 from pathlib import Path
 from knnstore.storage.catalog import StoreFolder
-from knnstore.storage.jobs import job_name, run_job
+from knnstore.storage.jobs import job_name, remove_job, run_job
 arguments = {"command": "test"}
 with run_job(StoreFolder(Path(sys.argv[1])), job_name(arguments), arguments) as job:
     (job / "work").write_text("done so far")
@@ -345,6 +345,25 @@ def test_a_job_that_ends_and_begins_again_while_a_gc_lists_what_is_there(path: P
         assert (folder / "job.json").exists()
 
 
+def test_a_job_that_went_and_came_again_is_not_in_the_way(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after a gc has listed it, and another of its name begins while the gc is refused its lock: nothing is left to remove."""
+    folder = StoreFolder(path).staging / "gone"
+    folder.mkdir(parents=True)
+
+    @contextmanager
+    def hold_late(lock: Path, *, purpose: str, wait: bool) -> Iterator[None]:
+        shutil.rmtree(lock.parent)
+        try:
+            with hold_lock(lock, purpose=purpose, wait=wait):
+                yield
+        finally:
+            lock.parent.mkdir()
+
+    monkeypatch.setattr("knnstore.storage.jobs.hold_lock", hold_late)
+    assert remove_job(folder)
+    assert folder.exists()
+
+
 def test_jobs_and_gcs_side_by_side(path: Path) -> None:
     """Threads that begin and end the same jobs while gcs run: none loses its folder while it is at it, none fails."""
     store, stop = StoreFolder(path), threading.Event()
@@ -365,11 +384,13 @@ def test_jobs_and_gcs_side_by_side(path: Path) -> None:
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
-    for _ in range(150):
-        knnstore.gc(path, keep=3)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(150):
+            knnstore.gc(path, keep=3)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert failures == []
     assert min(n_done) > 5
     assert content(path) == expected({("a", "one"): 1})

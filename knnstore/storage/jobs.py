@@ -120,8 +120,9 @@ def remove_job(folder: Path) -> bool:
             _take_away(folder)
     except LockedError:
         return False
-    except StorageError:
-        if folder.exists():
+    except StorageError as error:
+        # It may have gone since it was listed, and another of its name may have begun: that one was made later.
+        if folder.exists() and not isinstance(error.__cause__, FileNotFoundError):
             raise
     return True
 

@@ -37,7 +37,17 @@ from knnstore.storage.files import FileWriter
 from knnstore.storage.rows import RangeSet, contains
 from knnstore.storage.space import Space
 
-__all__ = ["MappedLists", "entry_bytes", "labels_of", "rows_of", "single_query_index", "stacked_index", "tokens_of", "write_lists"]
+__all__ = [
+    "MappedLists",
+    "entry_bytes",
+    "labels_of",
+    "padded",
+    "rows_of",
+    "single_query_index",
+    "stacked_index",
+    "tokens_of",
+    "write_lists",
+]
 
 Labels = NDArray[np.int64]
 
@@ -131,7 +141,7 @@ def _by_list(lists: NDArray[np.uint32], nlist: int) -> tuple[NDArray[np.int64], 
     return sizes, order
 
 
-def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+def padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
     """Sizes rounded up to whole blocks of 32."""
     return -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
 
@@ -153,7 +163,7 @@ def _lay_out(
     space: Space, codes: NDArray[np.uint8], values: NDArray[Any], rows: NDArray[np.int64], sizes: NDArray[np.int64], base: int
 ) -> tuple[NDArray[np.uint8], Labels, list[int]]:
     """Codes and labels of a group of lists, each list padded: bytes (padded * width,), labels (padded,), bounds of the lists."""
-    capacities = _padded(sizes)
+    capacities = padded(sizes)
     at = np.concatenate(([0], np.cumsum(capacities)))
     total = int(at[-1])
     shift = np.repeat(at[:-1] - np.concatenate(([0], np.cumsum(sizes)[:-1])), sizes)
@@ -190,7 +200,7 @@ class MappedLists:
         header = parse_header(self._raw[:HEADER_SIZE].tobytes(), str(self.path), kind=Kind.LISTS, owner=owner)
         self.sizes = directory[:, 0].astype(np.int64)  # what is larger than an int64 becomes negative
         self.offsets = directory[:, 1].astype(np.int64)
-        self.capacities = _padded(self.sizes)
+        self.capacities = padded(self.sizes)
         self._checks = directory[:, 2]
         if (
             (header.rows, header.columns, header.codec) != (n_entries, self._width, space.codec)

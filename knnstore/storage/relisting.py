@@ -17,11 +17,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from knnstore.format import ALIGNMENT, BLOCK_ENTRIES, DIRECTORY_FILE, LISTS_FILE, TOKEN_BITS, Codec, DType, Header, Kind
+from knnstore.format import ALIGNMENT, DIRECTORY_FILE, LISTS_FILE, TOKEN_BITS, Codec, DType, Header, Kind
 from knnstore.storage.arrays import write_array
 from knnstore.storage.blocks import pack, unpack
 from knnstore.storage.files import FileWriter
-from knnstore.storage.lists import MappedLists, entry_bytes, labels_of
+from knnstore.storage.lists import MappedLists, entry_bytes, labels_of, padded
 from knnstore.storage.manifest import FileRecord
 from knnstore.storage.rows import RangeSet
 from knnstore.storage.space import Space
@@ -61,7 +61,7 @@ class StoredLists:
         stored, labels = self._lists.stored(first, stop)
         sizes = self.sizes[first:stop]
         codes = unpack(stored) if self._is_packed else stored.reshape(-1, self._code_size)
-        at = _places(_padded(sizes), sizes)
+        at = _places(padded(sizes), sizes)
         if not len(self._begins):
             return codes[at], labels + (int(self._shifts[0]) << TOKEN_BITS), sizes
         rows = labels >> TOKEN_BITS
@@ -157,7 +157,7 @@ def _bounds(sizes: Any) -> list[tuple[int, int]]:
 def _make(sources: Sequence[ListSource], space: Space, base: int, first: int, stop: int) -> _Group:
     taken = [source.take(first, stop) for source in sources]
     sizes = sum(counts for _, _, counts in taken) + np.zeros(stop - first, np.int64)
-    capacities = _padded(sizes)
+    capacities = padded(sizes)
     begins = np.cumsum(capacities) - capacities
     labels = np.full(int(capacities.sum()), -1, "<i8")
     codes = np.empty((len(labels), space.code_size), np.uint8)
@@ -182,11 +182,6 @@ def _make(sources: Sequence[ListSource], space: Space, base: int, first: int, st
         content[offset + len(body) : offset + length] = 0
         table[number, 2] = xxhash.xxh3_64_intdigest(body)
     return _Group(content, table)
-
-
-def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sizes rounded up to whole blocks of 32."""
-    return -(-sizes // BLOCK_ENTRIES) * BLOCK_ENTRIES
 
 
 def _places(capacities: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

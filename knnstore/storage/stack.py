@@ -125,9 +125,9 @@ class Stack:
         return np.append(self.sizes == 0, True)  # the last: of list -1
 
     @cached_property
-    def _owners(self) -> NDArray[np.int16]:
+    def _owners(self) -> NDArray[np.int32]:
         """The member whose a slot of labels is."""
-        owners = np.zeros(1 << (ROW_BITS - SLOT_BITS), np.int16)
+        owners = np.zeros(1 << (ROW_BITS - SLOT_BITS), np.int32)
         for i, member in enumerate(self.members):
             owners[_slots(member)] = i
         return owners
