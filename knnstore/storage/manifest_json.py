@@ -160,7 +160,7 @@ def parse_manifest(raw: bytes, at: str) -> Manifest:
     )
     unknown = sorted(set(readers) - READER_FEATURES)
     if unknown:
-        raise FormatError(f"{at}: it needs {', '.join(unknown)}, which this knnstore does not have. Install a newer one.")
+        raise FormatError(f"{at}: it needs {', '.join(unknown)[:80]}, which this knnstore does not have. Install a newer one.")
     defaults = parse_object(fields["defaults"], f"{at}.defaults", required=("k", "nprobe"))
     manifest = Manifest(
         uuid=parse_hex(fields["uuid"], f"{at}.uuid", 32),
