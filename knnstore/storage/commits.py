@@ -37,7 +37,8 @@ def check_features(store: StoreFolder, manifest: Manifest) -> None:
     """Raises FormatError where a snapshot may only be changed, or taken over, by a later version."""
     unknown = sorted(set(manifest.writer_features) - WRITER_FEATURES)
     if unknown:
-        raise FormatError(f"{store.path}: changing it needs {', '.join(unknown)[:80]}, which this knnstore does not have. Install a newer one.")
+        names = ", ".join(unknown)[:80]
+        raise FormatError(f"{store.path}: changing it needs {names}, which this knnstore does not have. Install a newer one.")
 
 
 def commit(
