@@ -123,7 +123,7 @@ def beside_trunk(text: Path, model: LanguageModel, folder: Path, *, rounds: int)
     clock = StageClock()
     for number in range(rounds):
         clock = StageClock()
-        store, seconds = _created(folder / f"trunk-{number}.knn", text, model, clock)
+        store, seconds = _created(folder / f"{text.stem}-{number}.knn", text, model, clock)
         created.append(seconds)
         bare.append(trunk_seconds(store, model))
         entries = len(store)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import knnstore
 from benchmarks.measuring import in_turn, ratio
 from benchmarks.page import spread, table, verdict
 from benchmarks.workloads import Bench, fresh_folder, real_queries, real_store
-from knnstore.storage.manifest import IndexOptions
 from knnstore.store import Datastore
 
 NAME = "segments"
@@ -21,6 +21,7 @@ LARGE = False
 COUNTS = (1, 2, 4, 8, 20)
 BATCHES = {1: 400, 32: 20, 1_024: 1}  # keys asked at a time, and how many times in a round
 K, NPROBE = 1_024, 32
+TRAINING = 131_072  # keys: 64 for each of 2,048 lists
 ROWS = 65_536  # read of the kept keys at a time; a document of the copies
 LEAST = {8: 0.8, 20: 0.5}  # of the rate of one segment, in batches of 1,024: the limits
 
@@ -32,7 +33,7 @@ def run(bench: Bench) -> dict[str, Any]:
         stores = {}
         for count in COUNTS:
             bench.log(f"{count} segments")
-            stores[count] = _copy(real, folder / f"{count}.knn", count)
+            stores[count] = _copy(real, folder, count)
     found = {"entries": len(stores[1]), "k": K, "nprobe": NPROBE, "rates": _rates(stores, queries, bench.rounds)}
     most = COUNTS[-1]
     bench.log("compacting")
@@ -42,32 +43,41 @@ def run(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def _copy(real: Datastore, path: Path, count: int) -> Datastore:
-    """The real store's entries in so many segments, with the same index for each count."""
-    n = len(real)
-    segment_entries = -(-n // count)
-
-    def batches() -> Iterator[tuple[NDArray[np.float32], NDArray[Any], list[knnstore.EntryDocument]]]:
-        for number, segment in enumerate(real.segments):
-            for at in range(0, segment.content.entries, ROWS):
-                stop = min(at + ROWS, segment.content.entries)
-                document = knnstore.EntryDocument(id=f"{number}.{at}", n_entries=stop - at)
-                yield segment.exact_keys(at, stop), segment.values.rows(at, stop)[:, 0], [document]
-
-    sample = np.sort(np.random.default_rng(0).choice(n, min(n, 131_072), replace=False))
-    (first, *_) = real.segments
-    training = first.exact_keys(0, first.content.entries)[sample[sample < first.content.entries]]
-    knnstore.create_from_entries(
-        path,
-        batches(),
-        checkpoint=real.manifest.checkpoint,
-        dim=real.dim,
-        vocab_size=real.manifest.checkpoint.vocab_size,
-        options=IndexOptions(segment_entries=segment_entries),
-        training_keys=training,
-        expected_entries=n,
-    )
+def _copy(real: Datastore, folder: Path, count: int) -> Datastore:
+    """The real store's entries in so many segments: a merge of stores that were trained on the same keys, so of one space and lists."""
+    n, parts = len(real), []
+    (segment, *_) = real.segments
+    sample = np.sort(np.random.default_rng(0).choice(segment.content.entries, min(segment.content.entries, TRAINING), replace=False))
+    training = segment.exact_keys(0, segment.content.entries)[sample]
+    bounds = np.linspace(0, n, count + 1).astype(int).tolist()
+    for number, (first, stop) in enumerate(pairwise(bounds)):
+        parts.append(folder / f"{count}-{number}.knn")
+        knnstore.create_from_entries(
+            parts[-1],
+            _batches(real, first, stop),
+            checkpoint=real.manifest.checkpoint,
+            dim=real.dim,
+            vocab_size=real.manifest.checkpoint.vocab_size,
+            training_keys=training,
+            expected_entries=n,
+        )
+    path = parts[0]
+    if count > 1:
+        path = folder / f"{count}.knn"
+        knnstore.merge(parts, path, link=True)
     return knnstore.open(path)
+
+
+def _batches(real: Datastore, first: int, stop: int) -> Iterator[tuple[NDArray[np.float32], NDArray[Any], list[knnstore.EntryDocument]]]:
+    """The entries [first, stop) of all."""
+    before = 0
+    for segment in real.segments:
+        begin, end = max(first - before, 0), min(stop - before, segment.content.entries)
+        for at in range(begin, end, ROWS):
+            upto = min(at + ROWS, end)
+            document = knnstore.EntryDocument(id=str(before + at), n_entries=upto - at)
+            yield segment.exact_keys(at, upto), segment.values.rows(at, upto)[:, 0], [document]
+        before += segment.content.entries
 
 
 def _rates(stores: dict[int, Datastore], queries: NDArray[np.float32], rounds: int) -> list[dict[str, Any]]:
